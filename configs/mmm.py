@@ -1,0 +1,163 @@
+"""MMM (Ma et al., 2019) and its variants.
+
+  python -m mmm_jax.main --config=configs/mmm.py
+  python -m mmm_jax.main --config=configs/mmm.py:con,tiny
+
+Plain: the full model of Eq. 17 with the paper's defaults (lambda 0.01, Adam
+1e-3 decayed by 0.95 every 1,000 steps, 5 negatives) on the embedded set.
+"""
+
+import importlib.util
+import pathlib
+
+# A config file is loaded by its path, so its neighbour is, too.
+_spec = importlib.util.spec_from_file_location(
+  "mmm_jax_config_common", pathlib.Path(__file__).with_name("common.py")
+)
+common = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(common)
+
+ConfigDict = common.ml_collections.ConfigDict
+
+
+def get_config(variants: str = "") -> ConfigDict:
+  """The config of MMM after the variants in a comma-separated list."""
+  c = common.base()
+  c.model = ConfigDict()
+  c.model.name = "mmm"
+  c.model.dim = 64
+  c.model.sources = "*"  # or names, such as "text,visual"; "" for none
+  c.model.networks = "*"
+  c.num_categories = 32  # 0: none
+
+  c.text = ConfigDict()
+  c.text.glove = "none"  # none, package, or a path
+  c.text.dim = 50
+  c.text.max_tokens = 24
+  c.text.widths = (2, 3, 4)
+  c.text.filters = 100
+
+  c.network = ConfigDict()
+  c.network.symmetrise = False  # follow means: whom the user follows
+  c.network.neighbour_cap = 64  # in a mean; sampled above it
+  c.network.co_like_degree = 64
+
+  c.kmeans = ConfigDict()
+  c.kmeans.warmup_epochs = 1
+  c.kmeans.restarts = 4
+  c.kmeans.seeding_iterations = 10
+  c.kmeans.iterations = 1  # a Lloyd pass after every further epoch
+  c.kmeans.block = 8192
+
+  # The lambdas of Eq. 17.
+  c.weights = ConfigDict()
+  c.weights.content = 0.01
+  c.weights.user = 0.01
+  c.weights.item = 0.01
+  c.weights.category = 0.01
+  c.weights.category_prior = 0.01
+  c.weights.user_tie = 0.01
+  c.weights.network_tie = 0.01
+  c.weights.network_prior = 0.01
+  c.weights.overrides = ""  # such as content.text=0.1,network_tie.friend=1
+
+  # Ours, against the hazards H1-H4 of a literal implementation; all neutral.
+  c.remedies = ConfigDict()
+  c.remedies.encoder_decay = 0.0  # H1: weight decay of encoders and maps
+  c.remedies.mismatched_content = 0.0  # H1: weight of mismatched pairs
+  c.remedies.alpha_prior = 0.0  # H2: weight of 1/2 |alpha|^2
+  c.remedies.networks_in_user = 0.0  # H3: share of u^k in the predictor
+  c.remedies.frozen_categories = False  # H4: w follows its centroid alone
+  return common.apply_variants(c, variants, VARIANTS)
+
+
+def con(c):
+  """Content only (MMM-con)."""
+  c.model.networks, c.num_categories = "", 0
+
+
+def cat(c):
+  """Categories only (MMM-cat)."""
+  c.model.sources, c.model.networks = "", ""
+
+
+def net(c):
+  """Networks only (MMM-net)."""
+  c.model.sources, c.num_categories = "", 0
+
+
+def pmf(c):
+  """Nothing but interactions."""
+  c.model.sources, c.model.networks, c.num_categories = "", "", 0
+
+
+def full(c):
+  """Everything: the plain config."""
+
+
+def paper(c):
+  """As literal as the text allows: no validation, sums, fixed negatives.
+
+  1,008 samples a batch are 168 positives with 5 negatives each.
+  """
+  c.split.protocol = "random"
+  c.split.ratios = (0.7, 0.0, 0.3)
+  c.normalisation = "paper_sums"
+  c.negatives.resample = False
+  c.batch_size = 168
+  c.epochs = 30
+
+
+def fair(c):
+  """Section 4.3: only the following network and text, "for fairness"."""
+  c.model.sources = "text"
+  c.model.networks = "follow"
+
+
+def microlens(c):
+  """MicroLens-50k: English titles; the co-like network is derived."""
+  c.dataset.name = "microlens"
+  c.num_categories = 23
+
+
+def hetrec_lastfm(c):
+  """HetRec 2011 Last.fm: artist names and users' tags, a friend network."""
+  c.dataset.name = "hetrec_lastfm"
+
+
+def tiktok(c):
+  """TikTok in the split of MMSSL: image and audio vectors."""
+  c.dataset.name = "tiktok"
+
+
+def tiny(c):
+  """Everything small: under a minute on two cores, half of it training."""
+  common.tiny_data(c)
+  c.batch_size = 64
+  c.epochs = 40
+  c.num_categories = 8
+  c.model.dim = 32
+  c.text.filters = 20
+  c.text.max_tokens = 12
+  c.network.neighbour_cap = 16
+  c.losses.softmax.shared_negatives = 128
+  c.log.every_steps = 25
+  c.checkpoint.every_seconds = 1.5
+
+
+VARIANTS = {
+  function.__name__: function
+  for function in (
+    con,
+    cat,
+    net,
+    pmf,
+    full,
+    paper,
+    fair,
+    microlens,
+    hetrec_lastfm,
+    tiktok,
+    tiny,
+  )
+}

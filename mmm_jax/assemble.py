@@ -1,0 +1,115 @@
+"""From a config to a `Run`: data loaded and split, model built for them."""
+
+import importlib
+import logging
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mmm_jax import (
+  evaluate,
+  features,
+  input_pipeline,
+  sampling,
+  streams,
+  update,
+  validate,
+)
+from mmm_jax.datasets import base, splits
+
+_LOG = logging.getLogger("mmm_jax")
+
+
+class Run(NamedTuple):
+  """What stays the same from the first step to the last."""
+
+  config: ml_collections.ConfigDict
+  dataset: base.Dataset
+  split: splits.Split
+  interactions: evaluate.Interactions
+  sizes: streams.Sizes
+  module: Any  # the Python module of the model
+  model: Any  # the Flax module
+  content: input_pipeline.ItemContent
+  shards: streams.Shards
+  shared: streams.Shared
+  words: np.ndarray | None  # [V, e] starting word vectors
+  facts: dict[str, float]  # found at the start, for the log
+
+
+def assemble(config) -> Run:
+  """Loads and splits the data, and builds the model for them.
+
+  Raises:
+    errors.InputError: data or config are wrong; the message says where.
+  """
+  dataset = base.load(config.dataset, config.split)
+  split = splits.make(dataset, config.split)
+  _LOG.info("%s", base.statistics_line(dataset))
+  sizes = streams.measure(dataset, split, config)
+  validate.check_categories(config, sizes.num_items)
+  sources = streams.choose_sources(dataset, config)
+  networks, facts = streams.choose_networks(dataset, split, config)
+  tokens, words, text_facts = _read_text(dataset, split, sources, config)
+  shards, shared = streams.build(dataset, split, networks, sources, config)
+  module = importlib.import_module(f"mmm_jax.models.{config.model.name}")
+  return Run(
+    config=config,
+    dataset=dataset,
+    split=split,
+    interactions=evaluate.Interactions(
+      dataset.user, dataset.item, split.part, sizes.num_users, sizes.num_items
+    ),
+    sizes=sizes,
+    module=module,
+    model=module.create(config, sources, tuple(networks)),
+    content=input_pipeline.ItemContent(
+      item_source=dataset.item_source,
+      records=dataset.records,
+      vectors={n: d for n, d in dataset.vectors.items() if n in sources},
+      tokens=tokens,
+    ),
+    shards=shards,
+    shared=shared,
+    words=words,
+    facts=facts | text_facts,
+  )
+
+
+def _read_text(dataset, split, sources, config):
+  """Tokens [N, L], word vectors [V, e] (or Nones) and their coverage."""
+  if "text" not in sources:
+    return None, None, {}
+  texts = features.item_texts(dataset, split)
+  trained = np.unique(dataset.item[split.part == splits.TRAIN])
+  vocabulary = features.build_vocabulary(texts[trained])
+  tokens = features.encode(texts, vocabulary, config.text.max_tokens)
+  # No column is kept that is padding for all.
+  longest = max(int((tokens != features.PADDING).sum(1).max()), 1)
+  tokens = tokens[:, :longest]
+  words, coverage = features.word_vectors(
+    vocabulary, config.text.glove, config.text.dim, config.seed
+  )
+  if config.text.glove != "none":
+    _LOG.info("GloVe covers %.1f %% of the words", 100 * coverage)
+  return tokens, words, {"word_coverage": coverage}
+
+
+def initial_state(run: Run) -> update.TrainState:
+  """The state before the first step, on the default device."""
+  rng = jax.random.fold_in(jax.random.key(run.config.seed), sampling.PAD)
+  params_rng, rows_rng = jax.random.split(rng)
+  words = None if run.words is None else jnp.asarray(run.words)
+  return update.create_state(
+    run.config,
+    params=run.module.start_params(
+      run.model, run.content.nothing(), words, params_rng
+    ),
+    rows=run.module.table_rows(
+      run.model, run.sizes, words, rows_rng, run.config.tables.init_scale
+    ),
+    categories=run.module.start_categories(run.model, run.sizes),
+  )

@@ -1,0 +1,133 @@
+"""Checkpoints by Orbax: complete, atomic, and checked before they are used.
+
+A checkpoint is the whole state of a run (the streams are functions of the
+step). It is stored as a flat mapping from the path of each leaf to its array,
+so that reading one needs neither pickle nor the classes that wrote it.
+"""
+
+import contextlib
+import functools
+import io
+import logging
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mmm_jax import errors
+from mmm_jax.datasets import records
+
+_LOG = logging.getLogger("mmm_jax")
+
+
+def open_manager(folder, *, keep: int) -> ocp.CheckpointManager:
+  """The manager of `folder`, which is made if need be."""
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=keep, create=True, enable_async_checkpointing=False
+  )
+  # With a handler named here, Orbax does not look into the newest checkpoint,
+  # which may be damaged, to learn how to read the others.
+  handler = ocp.StandardCheckpointHandler()
+  return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
+
+
+def save(manager: ocp.CheckpointManager, step: int, tree) -> None:
+  """Writes `tree` as the checkpoint of `step`; nothing if it is there.
+
+  Raises:
+    errors.InputError: the disk is full or cannot be written; the checkpoints
+      before it stay.
+  """
+  if step in manager.all_steps():
+    return
+  flat = _flat(jax.device_get(tree))
+  try:
+    with _quiet():
+      manager.save(step, args=ocp.args.StandardSave(flat))
+  except Exception as error:  # Orbax wraps the system's words several times
+    reason = records.disk_reason(error)
+    if not reason:
+      raise
+    raise errors.InputError(
+      f"cannot write the checkpoint of step {step} to {manager.directory}:"
+      f" {reason}; free some space, then the same command continues"
+    ) from error
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Keeps the tracebacks to itself of what Orbax raises anyway.
+
+  It logs them, and its threads print theirs a moment after it has failed.
+  """
+  before = logging.root.manager.disable
+  logging.disable(logging.ERROR)
+  try:
+    with contextlib.redirect_stderr(io.StringIO()):
+      try:
+        yield
+      except Exception:
+        time.sleep(0.5)
+        raise
+  finally:
+    logging.disable(before)
+
+
+def restore(manager: ocp.CheckpointManager, template):
+  """The newest checkpoint that loads, as a tree like `template`.
+
+  Args:
+    manager: of the run's folder.
+    template: a tree of arrays with the wanted shapes and types.
+
+  Returns:
+    The tree with NumPy leaves, or None if there is no checkpoint at all.
+
+  Raises:
+    errors.InputError: there are checkpoints, and none of them loads.
+  """
+  steps = sorted(manager.all_steps(), reverse=True)
+  for number, step in enumerate(steps):
+    try:
+      flat = manager.restore(step, args=ocp.args.StandardRestore())
+      tree = _unflat(flat, template)
+      for damaged in steps[:number]:  # the run will write them again
+        manager.delete(damaged)
+      return tree
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+      _LOG.warning(
+        "checkpoint %s of %s does not load (%s: %s); trying the one before",
+        step, manager.directory, type(error).__name__, error,
+      )  # fmt: skip
+  if steps:
+    raise errors.InputError(
+      f"none of the checkpoints {steps} in {manager.directory} loads; remove"
+      " the folder to start anew, or give another --workdir"
+    )
+  return None
+
+
+def _flat(tree) -> dict[str, np.ndarray]:
+  """{path: array}, without the empty ones, which Orbax refuses."""
+  return {name: leaf for name, leaf in _named(tree) if leaf.size}
+
+
+def _named(tree) -> list[tuple[str, np.ndarray]]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+  return [(name(path), np.asarray(leaf)) for path, leaf in leaves]
+
+
+def _unflat(flat, template):
+  wanted = _flat(template)
+  if set(flat) != set(wanted):
+    raise ValueError(f"leaves differ: {sorted(set(flat) ^ set(wanted))[:5]}")
+  for name, leaf in wanted.items():
+    if flat[name].shape != leaf.shape or flat[name].dtype != leaf.dtype:
+      raise ValueError(
+        f"{name} is {flat[name].dtype}{flat[name].shape}, wanted"
+        f" {leaf.dtype}{leaf.shape}"
+      )
+  leaves = [np.asarray(flat.get(name, leaf)) for name, leaf in _named(template)]
+  return jax.tree.unflatten(jax.tree.structure(template), leaves)

@@ -1,0 +1,87 @@
+"""How every command starts and ends: flags, quiet logs, exit codes."""
+
+import logging as std_logging
+import pathlib
+import sys
+
+from absl import app, flags, logging
+import jax
+
+from mmm_jax import errors
+
+OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+
+class Stopped(Exception):
+  """A signal asked a run to stop; its checkpoint is written."""
+
+
+class NonFiniteError(FloatingPointError):
+  """A loss term is NaN or infinite; the message says where."""
+
+
+def run(main) -> None:
+  """Runs `main(argv)`; whatever is foreseen ends in one line of stderr.
+
+  Exit codes: 0 done, 2 bad input or config, 75 stopped and resumable, 1
+  anything else.
+  """
+  _quieten()
+  try:
+    app.run(main, flags_parser=_parse)
+  except errors.InputError as error:
+    _exit(f"error: {error}", BAD_INPUT)
+  except NonFiniteError as error:
+    _exit(f"error: {error}", FAILED)
+  except Stopped as stopped:
+    _exit(str(stopped), STOPPED)
+
+
+def _quieten() -> None:
+  """Libraries only warn; our own few lines go to stderr as they are."""
+  logging.set_verbosity(logging.WARNING)
+  own = std_logging.getLogger("mmm_jax")
+  own.setLevel(std_logging.INFO)
+  own.propagate = False
+  if not own.handlers:
+    own.addHandler(std_logging.StreamHandler())
+
+
+def cache_compilations(data_dir: str) -> None:
+  """Keeps compiled programs beside the prepared data."""
+  folder = pathlib.Path(data_dir).expanduser() / "compiled"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _parse(argv):
+  """Parses flags; whatever is wrong with them is the user's to mend."""
+  try:
+    return flags.FLAGS(argv)
+  except (
+    flags.Error,
+    AttributeError,
+    KeyError,
+    OSError,
+    TypeError,
+    ValueError,
+  ) as error:
+    raise errors.InputError(_explain(error)) from error
+
+
+def _explain(error) -> str:
+  """What is wrong with a flag, without the way there."""
+  inner = error.args[0] if len(error.args) == 1 else error
+  if isinstance(inner, KeyError):
+    # The key in quotes and, where one is near, a line with a valid name.
+    return f"unknown config key {inner.args[0]}"
+  lines = str(inner).strip().splitlines()
+  if any(line.startswith("Traceback (most recent") for line in lines):
+    # A config file's complaint comes with its traceback.
+    return f"--config: {lines[-1].removeprefix('ValueError: ')}"
+  return " ".join(lines)
+
+
+def _exit(message: str, code: int):
+  print(" ".join(message.split()), file=sys.stderr)
+  sys.exit(code)

@@ -1,0 +1,106 @@
+"""Files that are whole or not there, and one message when that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import json
+import math
+import os
+import pathlib
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmm_jax import errors
+
+
+@contextlib.contextmanager
+def explained(path, action: str = "write") -> Iterator[None]:
+  """Turns the system's refusal to read or write `path` into an InputError."""
+  try:
+    yield
+  except OSError as error:
+    raise errors.InputError(
+      f"Cannot {action} {path}: {error.strerror or error}. Free space there, "
+      "correct the permissions, or choose another folder."
+    ) from error
+
+
+def plain(value: Any) -> Any:
+  """NumPy and Python values as JSON has them; non-finite numbers as None.
+
+  A float32 becomes the shortest decimal that gives it back, as 0.1, not
+  0.10000000149011612.
+  """
+  if isinstance(value, Mapping):
+    return {str(key): plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(item) for item in value]
+  if value is None or isinstance(value, str | bool | int):
+    return value
+  if isinstance(value, float) and not isinstance(value, np.generic):
+    return value if math.isfinite(value) else None
+  array = np.asarray(value)
+  if array.ndim:
+    return [plain(item) for item in array]
+  if array.dtype.kind != "f":
+    return array.item()
+  return plain(float(str(array)))
+
+
+@contextlib.contextmanager
+def atomic(path) -> Iterator[IO[bytes]]:
+  """A binary file that takes its name only when complete and on the disk.
+
+  Raises:
+    InputError: it cannot be written; what stood at `path` is untouched.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  with explained(path):
+    try:
+      with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
+      _sync_folder(path.parent)
+    finally:
+      with contextlib.suppress(OSError):
+        temporary.unlink()
+
+
+def write_json(path, value: Any) -> None:
+  """Writes `value` as `plain` gives it, keys sorted: equal values, equal bytes.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
+  text = json.dumps(
+    plain(value), allow_nan=False, indent=2, sort_keys=True, ensure_ascii=False
+  )
+  with atomic(path) as file:
+    file.write(text.encode() + b"\n")
+
+
+def write_parquet(path, columns: Mapping[str, Any]) -> None:
+  """Writes columns of equal lengths, {name: array or list}, in their order.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
+  table = pa.table(dict(columns))
+  with atomic(path) as file:
+    pq.write_table(table, file, compression="zstd")
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+  """Makes a rename survive a power cut."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)

@@ -1,0 +1,153 @@
+"""Content of items (frames, tokens) on its way from TFDS to the devices.
+
+Grain reads records from the ArrayRecord files in the order of the epoch. If
+all content fits `input.content_budget_mb` it is read once and stays on the
+devices; otherwise it streams, chunk by chunk. The step sees the same arrays
+either way.
+
+Shapes: S data shards, P places in a shard, T steps of a chunk, W items of a
+step in a shard, F width of a source.
+"""
+
+from collections.abc import Iterator
+from concurrent import futures
+import dataclasses
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from mmm_jax import parallel, sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemContent:
+  """Content of one item by dense id; of nothing (zeros) for PAD."""
+
+  item_source: object  # record number -> dict of features
+  records: np.ndarray  # [N] record number of each item
+  vectors: dict[str, int]  # source -> F
+  tokens: np.ndarray | None  # [N, L]
+
+  def __call__(self, item: int) -> dict[str, np.ndarray]:
+    if item == sampling.PAD:
+      return self.nothing()
+    content = {}
+    if self.vectors:
+      record = self.item_source[int(self.records[item])]
+      content = {
+        name: np.asarray(record[name], np.float16) for name in self.vectors
+      }
+    if self.tokens is not None:
+      content["text"] = self.tokens[item]
+    return content
+
+  def nothing(self) -> dict[str, np.ndarray]:
+    content = {
+      name: np.zeros(f, np.float16) for name, f in self.vectors.items()
+    }
+    if self.tokens is not None:
+      content["text"] = np.zeros_like(self.tokens[0])
+    return content
+
+  @property
+  def bytes_per_item(self) -> int:
+    return sum(array.nbytes for array in self.nothing().values())
+
+  def fits(self, budget_mb: float) -> bool:
+    return self.bytes_per_item * len(self.records) <= budget_mb * 2**20
+
+
+def read(content: ItemContent, batches: np.ndarray, config) -> Iterator[dict]:
+  """Content of each of n batches of item ids, given as [n, ...]."""
+  shape = batches.shape[1:]
+  size = int(np.prod(shape))
+  dataset = (
+    grain.MapDataset.source(batches.reshape(-1)).map(content).batch(size)
+  )
+  options = grain.ReadOptions(
+    num_threads=config.input.threads,
+    prefetch_buffer_size=config.input.prefetch_batches,
+  )
+  for batch in dataset.to_iter_dataset(options):
+    yield {n: x.reshape(*shape, *x.shape[1:]) for n, x in batch.items()}
+
+
+def load_resident(
+  content: ItemContent, items: np.ndarray, engine: parallel.Engine, config
+) -> dict[str, jax.Array]:
+  """All content, in the places of the item stream: {source: [S, P, ...]}."""
+  bar = tqdm.tqdm(
+    total=items.size, unit="item", desc="content", disable=None, leave=False
+  )
+  arrays = {
+    name: np.zeros((*items.shape, *x.shape), x.dtype)
+    for name, x in content.nothing().items()
+  }
+  places = items.T  # a batch is one place of every shard
+  with bar:
+    for place, batch in enumerate(read(content, places, config)):
+      for name, values in batch.items():
+        arrays[name][:, place] = values
+      bar.update(len(items))
+  return engine.shard(arrays)
+
+
+def stream(
+  content: ItemContent,
+  order: np.ndarray,
+  chunks: list[int],
+  length: int,
+  engine: parallel.Engine,
+  config,
+) -> Iterator[dict[str, jax.Array]]:
+  """Content of the coming chunks of an epoch: {source: [S, T, W, ...]}.
+
+  Args:
+    content: the items' content.
+    order: [S, steps, W] item ids of the steps ahead.
+    chunks: number of steps of each chunk ahead.
+    length: T, steps for which a chunk has room.
+    engine: where the arrays go.
+    config: the run's config.
+  """
+  batches = read(content, order.swapaxes(0, 1), config)
+
+  def next_chunk(steps):
+    parts = [next(batches) for _ in range(steps)]
+    # A short last chunk keeps the shape of the others.
+    parts += parts[-1:] * (length - steps)
+    arrays = {
+      name: np.stack([part[name] for part in parts], axis=1)
+      for name in parts[0]
+    }
+    return engine.shard(arrays)
+
+  # One chunk is fetched while the devices work on the one before.
+  with futures.ThreadPoolExecutor(1) as thread:
+    ahead = None
+    for steps in chunks:
+      following = thread.submit(next_chunk, steps)
+      if ahead is not None:
+        yield ahead.result()
+      ahead = following
+    if ahead is not None:
+      yield ahead.result()
+
+
+def at_step(content: dict[str, jax.Array], places: jax.Array, step: jax.Array):
+  """{source: [S, W, ...]} of one step, cut out of what `stream` gave."""
+  del places
+  return {name: array[:, step] for name, array in content.items()}
+
+
+def at_places(
+  content: dict[str, jax.Array], places: jax.Array, step: jax.Array
+):
+  """{source: [S, W, ...]} of one step, picked from what is resident."""
+  del step
+  rows = jnp.maximum(places, 0)
+  pick = jax.vmap(lambda array, row: array[row])
+  return {name: pick(array, rows) for name, array in content.items()}

@@ -1,0 +1,89 @@
+"""The terms of Eq. 17, each as a sum over rows and the number of rows.
+
+The trainer turns a sum into a mean over the global batch, or into the unbiased
+estimate of the literal Eq. 17; so no function here divides.
+
+Shapes: B positives, n negatives of each, n' negatives shared by the batch.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Term(NamedTuple):
+  """A sum over the rows that this device holds."""
+
+  total: jax.Array  # scalar
+  count: jax.Array  # scalar, number of rows in the sum
+  replicated: bool = False  # the rows are the same on every device
+
+
+def masked_sum(values: jax.Array, mask: jax.Array) -> Term:
+  """Sum and number of the values whose mask holds; shapes must agree."""
+  chosen = jnp.where(mask, values, 0)
+  return Term(jnp.sum(chosen), jnp.sum(mask.astype(jnp.float32)))
+
+
+def add(*terms: Term) -> Term:
+  total = sum(term.total for term in terms)
+  return Term(total, sum(term.count for term in terms), terms[0].replicated)
+
+
+def half_square(rows: jax.Array, mask: jax.Array) -> Term:
+  """1/2 |row|^2 of each row [..., d] under its mask [...]."""
+  return masked_sum(0.5 * jnp.sum(rows**2, -1), mask)
+
+
+def squared(
+  positive: jax.Array,
+  negative: jax.Array,
+  positive_mask: jax.Array,
+  negative_mask: jax.Array,
+) -> Term:
+  """1/2 (R - r)^2 with R = 1 for positives [B] and 0 for negatives [B, n].
+
+  The first term of Eq. 17.
+  """
+  return add(
+    masked_sum(0.5 * (1 - positive) ** 2, positive_mask),
+    masked_sum(0.5 * negative**2, negative_mask),
+  )
+
+
+def bce(
+  positive: jax.Array,
+  negative: jax.Array,
+  positive_mask: jax.Array,
+  negative_mask: jax.Array,
+) -> Term:
+  """Sigmoid cross-entropy of the same pairs."""
+  return add(
+    masked_sum(jax.nn.softplus(-positive), positive_mask),
+    masked_sum(jax.nn.softplus(negative), negative_mask),
+  )
+
+
+def bpr(
+  positive: jax.Array,
+  negative: jax.Array,
+  positive_mask: jax.Array,
+  negative_mask: jax.Array,
+) -> Term:
+  """-ln sigma(r+ - r-) of each positive against its own negatives.
+
+  Rendle et al., UAI 2009.
+  """
+  del positive_mask  # a padded positive has no negatives
+  margin = positive[:, None] - negative
+  return masked_sum(jax.nn.softplus(-margin), negative_mask)
+
+
+def softmax(positive: jax.Array, shared: jax.Array, mask: jax.Array) -> Term:
+  """Cross-entropy of each positive [B] among the shared negatives [B, n']."""
+  logits = jnp.concatenate([positive[:, None], shared], axis=1)
+  return masked_sum(jax.nn.logsumexp(logits, axis=1) - positive, mask)
+
+
+PAIRWISE = {"squared": squared, "bce": bce, "bpr": bpr}

@@ -1,0 +1,58 @@
+"""Trains and evaluates a model.
+
+python -m mmm_jax.main --config=configs/mmm.py[:variant,...]
+    [--config.key=value ...] [--workdir=DIR]
+
+The same command with the same --workdir continues an unfinished run.
+Exit codes: 0 done, 2 bad input or config, 75 stopped and resumable, 1 else.
+"""
+
+import datetime
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from mmm_jax import command, errors, logs, train
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, with variants behind a colon."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; a fresh one under runs/ if not given."
+)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise errors.InputError(f"unexpected argument {argv[1]!r}; see --help")
+  config = _read_config()
+  command.cache_compilations(config.dataset.data_dir)
+  workdir = _WORKDIR.value or _fresh_folder(config)
+  if _WORKDIR.value is None:
+    again = shlex.join([*sys.orig_argv, f"--workdir={workdir}"])
+    print(f"To continue this run later: {again}", file=sys.stderr)
+  result = train.train_and_evaluate(config, pathlib.Path(workdir))
+  print(logs.final_table(result, dataset=config.dataset.name))
+
+
+def _read_config():
+  config = _CONFIG.value
+  if config is None:
+    raise errors.InputError("--config is missing: --config=configs/mmm.py")
+  try:
+    config.dataset  # noqa: B018, a file that is absent only tells now
+  except OSError as error:
+    raise errors.InputError(f"--config: {error}") from error
+  return config
+
+
+def _fresh_folder(config) -> str:
+  now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+  return f"runs/{config.dataset.name}-{config.model.name}-{now}"
+
+
+if __name__ == "__main__":
+  command.run(main)

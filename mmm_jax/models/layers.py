@@ -1,0 +1,77 @@
+"""Encoders of an item's content and vector helpers shared by models.
+
+Shapes: ... any leading axes, L tokens, e width of a word vector, F filters of
+one width, d latent size.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class TextCNN(nn.Module):
+  """Convolution over words, maximum over time, dense layer (Eq. 1-5)."""
+
+  widths: Sequence[int]
+  filters: int
+  dim: int
+
+  @nn.compact
+  def __call__(self, words: jax.Array, mask: jax.Array) -> jax.Array:
+    """words [..., L, e], mask [..., L] of real words -> [..., d]."""
+    words = jnp.where(mask[..., None], words, 0)
+    kernel, bias = self._filters(words.shape[-1])
+    features = self._windows(words) @ kernel + bias
+    # A window may run past the end of a text, but must start inside it.
+    features = jnp.where(mask[..., None], features, -jnp.inf)
+    pooled = nn.relu(jnp.max(features, -2))
+    return nn.relu(nn.Dense(self.dim, name="dense")(pooled))
+
+  def _filters(self, size):
+    """Filters of all widths side by side: [longest * e, widths * F], bias.
+
+    Shorter ones end in zeros: one product over the longest windows takes half
+    the time of one product for each width.
+    """
+    longest, kernels = max(self.widths), []
+    for width in self.widths:
+      kernel = self.param(
+        f"filters_{width}",
+        nn.initializers.lecun_normal(),
+        (width * size, self.filters),
+      )
+      kernels.append(jnp.pad(kernel, ((0, (longest - width) * size), (0, 0))))
+    num_filters = len(self.widths) * self.filters
+    bias = self.param("bias", nn.initializers.zeros, (num_filters,))
+    return jnp.concatenate(kernels, axis=1), bias
+
+  def _windows(self, words):
+    """[..., L, longest * e]: each word and those behind it."""
+    length, longest = words.shape[-2], max(self.widths)
+    pad = [(0, 0)] * (words.ndim - 2) + [(0, longest - 1), (0, 0)]
+    padded = jnp.pad(words, pad)
+    shifted = [padded[..., at : at + length, :] for at in range(longest)]
+    return jnp.concatenate(shifted, -1)
+
+
+class DenseEncoder(nn.Module):
+  """relu(W x + b) of a fixed-length vector (Eq. 6)."""
+
+  dim: int
+
+  @nn.compact
+  def __call__(self, vectors: jax.Array) -> jax.Array:
+    """[..., F] of any float type -> [..., d] float32."""
+    return nn.relu(nn.Dense(self.dim)(vectors.astype(jnp.float32)))
+
+
+def dot(left: jax.Array, right: jax.Array) -> jax.Array:
+  return jnp.sum(left * right, -1)
+
+
+def normalise(vectors: jax.Array) -> jax.Array:
+  """Unit length along the last axis; zero stays zero, with a finite slope."""
+  square = jnp.sum(vectors**2, -1, keepdims=True)
+  return vectors * jax.lax.rsqrt(square + 1e-12)

@@ -1,0 +1,268 @@
+"""What a step trains on, drawn on the device: shuffles, negatives, neighbours.
+
+The four kinds of things in Eq. 17 are four streams. Interactions, items and
+users are dealt once to `S` data shards, whose number does not depend on the
+machine; the order of a shard is a function of (seed, epoch, shard) and a
+negative one of (seed, step, shard), so every number of devices that divides
+`S` draws the same batches.
+
+Shapes: S data shards of this device, P places in a shard, W width of a step
+in a shard, B = S * W examples of a step, K networks.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# An id that points nowhere: gathers of it give zeros, scatters drop it.
+PAD = np.iinfo(np.int32).max
+
+# Every use of randomness has its own branch of the seed.
+_SHUFFLE, _NEGATIVES, _SHARED, _NEIGHBOURS = range(4)
+
+
+class Stream(NamedTuple):
+  """Ids dealt to shards; places behind `count` hold PAD."""
+
+  ids: dict[str, jax.Array]  # each [S, P] int32
+  count: jax.Array  # [S] int32
+
+
+class Adjacency(NamedTuple):
+  """Neighbour lists in one array: row i owns indptr[i] to indptr[i + 1]."""
+
+  indptr: jax.Array  # [rows + 1] int32
+  indices: jax.Array  # [edges] int32
+
+
+def deal(seed: int, num_shards: int, **ids: np.ndarray) -> Stream:
+  """Shuffles rows of ids and deals them round-robin to the shards (host)."""
+  size = len(next(iter(ids.values())))
+  places = -(-size // num_shards)
+  order = np.random.default_rng((seed, size)).permutation(size)
+  padded = np.full(places * num_shards, -1)
+  padded[:size] = order
+  by_shard = padded.reshape(places, num_shards).T
+  dealt = {
+    name: np.where(by_shard < 0, PAD, values[by_shard]).astype(np.int32)
+    for name, values in ids.items()
+  }
+  return Stream(dealt, (by_shard >= 0).sum(1).astype(np.int32))
+
+
+def epoch_order(
+  stream: Stream,
+  shard: jax.Array,
+  *,
+  name: int,
+  seed: int,
+  epoch: jax.Array,
+  steps: int,
+  width: int,
+  packed: bool,
+) -> jax.Array:
+  """Places of a stream in the order in which an epoch visits them.
+
+  Args:
+    stream: the ids, [S, P].
+    shard: numbers of this device's shards, [S].
+    name: tells the streams of one run apart.
+    seed: of the run.
+    epoch: number of finished epochs.
+    steps: steps in an epoch.
+    width: places that a step takes from a shard.
+    packed: fill steps to the brim and leave the last one short (the
+      interactions), or spread the places evenly over all steps.
+
+  Returns:
+    [S, steps, W] int32 places; -1 where a step has none left. Every place
+    occurs exactly once.
+  """
+  places = next(iter(stream.ids.values())).shape[1]
+  key = jax.random.fold_in(jax.random.key(seed), _SHUFFLE)
+  key = jax.random.fold_in(jax.random.fold_in(key, name), epoch)
+
+  def order_of_shard(number, count):
+    bits = jax.random.bits(jax.random.fold_in(key, number), (places,))
+    # 31 bits, so that the empty places can sort behind all real ones.
+    bits = jnp.where(jnp.arange(places) < count, bits >> 1, jnp.uint32(PAD) + 1)
+    order = jnp.argsort(bits)
+    step = jnp.arange(steps + 1)
+    if packed:
+      start = jnp.minimum(step * width, count)
+    else:  # the first steps take one more, if they do not come out even
+      whole, rest = jax.lax.div(count, steps), jax.lax.rem(count, steps)
+      start = step * whole + jnp.minimum(step, rest)
+    at = start[:-1, None] + jnp.arange(width)
+    return jnp.where(at < start[1:, None], order.at[at].get(mode="clip"), -1)
+
+  return jax.vmap(order_of_shard)(shard, stream.count)
+
+
+def take(stream: Stream, places: jax.Array) -> dict[str, jax.Array]:
+  """Ids at `places` [S, W] of each shard; PAD where a place is -1."""
+  found = {
+    name: jnp.take_along_axis(ids, jnp.maximum(places, 0), axis=1)
+    for name, ids in stream.ids.items()
+  }
+  return {n: jnp.where(places < 0, PAD, ids) for n, ids in found.items()}
+
+
+def bounded(bits: jax.Array, bound: jax.Array) -> jax.Array:
+  """Maps 32 random bits to 0 ... bound - 1 without division.
+
+  The upper half of the 64-bit product bits * bound (Lemire 2019), put
+  together from 16-bit halves because 64-bit integers are off in JAX. The bias
+  is at most bound / 2**32.
+  """
+  bits, bound = bits.astype(jnp.uint32), jnp.asarray(bound).astype(jnp.uint32)
+  low, high = bits & 0xFFFF, bits >> 16
+  bound_low, bound_high = bound & 0xFFFF, bound >> 16
+  middle = high * bound_low + (low * bound_low >> 16)
+  carry = (middle & 0xFFFF) + low * bound_high
+  upper = high * bound_high + (middle >> 16) + (carry >> 16)
+  return upper.astype(jnp.int32)
+
+
+def unseen_item(
+  rank: jax.Array, user: jax.Array, seen: Adjacency, *, max_seen: int
+) -> jax.Array:
+  """The rank-th item that a user has not seen, in the order of item ids.
+
+  Below the k-th seen item s_k lie s_k - k unseen ones, which grows with k: so
+  the wanted item is rank + #{k: s_k - k <= rank}, found by bisection in the
+  user's sorted list. No draw is ever rejected.
+
+  Args:
+    rank: any shape, 0 ... (unseen items of that user) - 1.
+    user: same shape.
+    seen: sorted training items of every user.
+    max_seen: length of the longest list.
+  """
+  start = seen.indptr[user]
+  low, high = jnp.zeros_like(rank), seen.indptr[user + 1] - start
+  for _ in range(int(max_seen).bit_length()):
+    middle = (low + high) >> 1
+    item = seen.indices.at[start + middle].get(mode="clip")
+    below = (middle < high) & (item - middle <= rank)
+    low, high = (
+      jnp.where(below, middle + 1, low),
+      jnp.where(below, high, middle),
+    )
+  return rank + low
+
+
+def negatives(
+  user: jax.Array,
+  places: jax.Array,
+  shard: jax.Array,
+  seen: Adjacency,
+  *,
+  seed: int,
+  step: jax.Array,
+  count: int,
+  num_items: int,
+  max_seen: int,
+  resample: bool,
+) -> jax.Array:
+  """Items for every example that are no training positives of its user.
+
+  Args:
+    user: [S, W], PAD where there is no example.
+    places: [S, W] places of the examples in their shards.
+    shard: [S] shard numbers.
+    seen: sorted training items of every user.
+    seed: of the run.
+    step: finished updates.
+    count: negatives of an example, n.
+    num_items: N.
+    max_seen: most training items of a user.
+    resample: new negatives in each epoch; otherwise an example keeps the same
+      ones for ever, as the paper's text has it.
+
+  Returns:
+    [S, W, n] int32, uniform over the user's unseen items.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), _NEGATIVES)
+  shape = (*user.shape, count)
+  if resample:
+    key = jax.random.fold_in(key, step)
+    draw = lambda number: jax.random.bits(
+      jax.random.fold_in(key, number), shape[1:]
+    )
+    bits = jax.vmap(draw)(shard)
+  else:
+    draw = lambda number, place: jax.random.bits(
+      jax.random.fold_in(jax.random.fold_in(key, number), place), (count,)
+    )
+    numbers = jnp.broadcast_to(shard[:, None], places.shape)
+    bits = jax.vmap(jax.vmap(draw))(numbers, places)
+  real = user != PAD
+  user = jnp.where(real, user, 0)
+  unseen = num_items - (seen.indptr[user + 1] - seen.indptr[user])
+  rank = bounded(bits, unseen[..., None])
+  everyone = jnp.broadcast_to(user[..., None], shape)
+  item = unseen_item(rank, everyone, seen, max_seen=max_seen)
+  # A user who has seen everything has no negative.
+  real = real & (unseen > 0)
+  return jnp.where(real[..., None], item, PAD)
+
+
+def shared_negatives(
+  *, seed: int, step: jax.Array, count: int, num_items: int
+) -> jax.Array:
+  """[n'] items, uniform with replacement, the same on every device."""
+  key = jax.random.fold_in(jax.random.key(seed), _SHARED)
+  bits = jax.random.bits(jax.random.fold_in(key, step), (count,))
+  return bounded(bits, num_items)
+
+
+def neighbours(
+  user: jax.Array,
+  network: Adjacency,
+  *,
+  seed: int,
+  number: int,
+  epoch: jax.Array,
+  cap: int,
+) -> jax.Array:
+  """Up to `cap` neighbours of each user, PAD behind them (Eq. 12).
+
+  All of them where there are no more than `cap`; otherwise a window of the
+  user's list, which was shuffled once, from a place that is drawn afresh in
+  each epoch: every neighbour is equally likely.
+
+  Args:
+    user: [B], PAD for nobody.
+    network: neighbour lists, shuffled.
+    seed: of the run.
+    number: tells the networks apart.
+    epoch: finished epochs.
+    cap: most neighbours in a mean.
+
+  Returns:
+    [B, cap] int32.
+  """
+  real = user != PAD
+  user = jnp.where(real, user, 0)
+  start = network.indptr[user]
+  degree = network.indptr[user + 1] - start
+  key = jax.random.fold_in(jax.random.key(seed), _NEIGHBOURS)
+  key = jax.random.fold_in(jax.random.fold_in(key, number), epoch)
+  draw = _mix(user.astype(jnp.uint32) ^ jax.random.bits(key, ()))
+  offset = jnp.where(degree > cap, bounded(draw, degree), 0)
+  place = jnp.arange(cap)
+  at = offset[:, None] + place
+  at -= jnp.where(at >= degree[:, None], degree[:, None], 0)
+  found = network.indices.at[start[:, None] + at].get(mode="clip")
+  wanted = (place < degree[:, None]) & real[:, None]
+  return jnp.where(wanted, found, PAD)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """Scrambles 32 bits (the finaliser of MurmurHash3)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)

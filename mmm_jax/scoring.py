@@ -1,0 +1,85 @@
+"""The parameters worth keeping, and how the evaluator scores with them."""
+
+import functools
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmm_jax import assemble, evaluate, update
+
+
+@flax.struct.dataclass
+class Best:
+  """The best validated parameters so far, on the host."""
+
+  params: dict
+  rows: dict[str, np.ndarray]
+  categories: Any
+  metric: np.ndarray  # -inf before the first evaluation
+  step: np.ndarray
+  evaluations_since: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _user_vectors(model, params, rows, membership, user):
+  return model.apply({"params": params}, rows, user, membership, method="users")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _item_vectors(model, params, rows, categories):
+  return model.apply({"params": params}, rows, categories, method="items")
+
+
+@functools.cache
+def _score_function(model):
+  return lambda user, item: model.score(user, item)
+
+
+def make_scorer(run: assemble.Run, params, rows, categories) -> evaluate.Scorer:
+  """The evaluator's view of parameters on one device.
+
+  Args:
+    run: the run.
+    params: dense parameters.
+    rows: {table: [R, d]}.
+    categories: the model's.
+  """
+  params, rows, categories = jax.device_put((params, rows, categories))
+  membership = jnp.asarray(run.shared.membership)
+  return evaluate.Scorer(
+    users=lambda user: _user_vectors(run.model, params, rows, membership, user),
+    items=_item_vectors(run.model, params, rows, categories),
+    score=_score_function(run.model),
+  )
+
+
+def score_protocols(run: assemble.Run, best: Best, parts, protocols):
+  """`evaluate.evaluate` of parameters, with the run's settings."""
+  settings = run.config.eval
+  return evaluate.evaluate(
+    make_scorer(run, best.params, best.rows, best.categories),
+    run.interactions,
+    parts=parts,
+    protocols=protocols,
+    cutoffs=settings.cutoffs,
+    seed=settings.seed,
+    user_block=settings.user_block,
+    item_tile=settings.item_tile,
+  )
+
+
+def snapshot(state: update.TrainState, metric: float) -> Best:
+  """What scoring needs of a state (on one device), copied to the host."""
+  rows = {name: table.rows for name, table in state.tables.items()}
+  parts = jax.device_get((state.params, rows, state.categories, state.step))
+  # Copies: the host's view of a CPU array ends when its memory is donated.
+  params, rows, categories, step = jax.tree.map(np.array, parts)
+  return Best(params, rows, categories, np.float64(metric), step, np.int32(0))
+
+
+def reported(state: update.TrainState, best: Best) -> Best:
+  """The parameters to report: the best validated ones, else the last."""
+  return best if np.isfinite(best.metric) else snapshot(state, -np.inf)

@@ -1,0 +1,333 @@
+"""From a data set to what lies on the devices, and from there to a batch.
+
+`build` turns a split data set into two pytrees: `Shards`, of which every
+device holds its part, and `Shared`, which every device holds whole. `plan`
+puts an epoch in order, and `draw_batch` is the beginning of every step.
+
+Shapes: S data shards of this device, T steps of an epoch, W width of a step in
+a shard, B = S * W, N items, M users, K networks.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmm_jax import errors, sampling
+from mmm_jax.datasets import networks, splits
+
+_INTERACTIONS, _ITEMS, _USERS = range(3)
+
+
+class Sizes(NamedTuple):
+  """Everything that fixes a shape; known before tracing."""
+
+  num_users: int
+  num_items: int
+  num_train: int
+  num_shards: int
+  steps: int  # of an epoch
+  interaction_width: int
+  item_width: int
+  user_width: int
+  max_seen: int  # most training items of a user
+
+
+class Shards(NamedTuple):
+  """The streams, dealt to data shards: leading axis S."""
+
+  number: jax.Array  # [S]
+  interactions: sampling.Stream  # ids "user", "item"
+  items: sampling.Stream  # ids "item"
+  users: sampling.Stream  # ids "user"
+
+
+class Shared(NamedTuple):
+  """Look-up arrays that every device holds."""
+
+  seen: sampling.Adjacency  # sorted training items of each user
+  networks: dict[str, sampling.Adjacency]
+  membership: jax.Array  # [M, K] bool: has neighbours in network k
+  present: dict[str, jax.Array]  # source -> [N] bool
+
+
+class Plan(NamedTuple):
+  """Order of an epoch: places in the streams, [S, T, W], -1 for none."""
+
+  interactions: jax.Array
+  items: jax.Array
+  users: jax.Array
+
+
+def measure(dataset, split, config) -> Sizes:
+  """The sizes of a run.
+
+  Raises:
+    errors.InputError: the batch does not divide into the data shards, or
+      there is nothing to train on.
+  """
+  num_shards, batch_size = config.data_shards, config.batch_size
+  if batch_size % num_shards:
+    below = batch_size // num_shards * num_shards
+    near = [size for size in (below, below + num_shards) if size]
+    raise errors.InputError(
+      f"batch_size={batch_size} is not a multiple of data_shards={num_shards};"
+      f" nearest valid values: {', '.join(map(str, near))}"
+    )
+  train = split.part == splits.TRAIN
+  num_train = int(train.sum())
+  if not num_train:
+    raise errors.InputError(
+      f"split {config.split.protocol!r} of {dataset.name} leaves no training"
+      " interaction; give another split.protocol or a larger set"
+    )
+  steps = math.ceil(num_train / batch_size)
+  width = lambda size: math.ceil(math.ceil(size / num_shards) / steps)
+  return Sizes(
+    num_users=len(dataset.users),
+    num_items=len(dataset.items),
+    num_train=num_train,
+    num_shards=num_shards,
+    steps=steps,
+    interaction_width=batch_size // num_shards,
+    item_width=width(len(dataset.items)),
+    user_width=width(len(dataset.users)),
+    max_seen=int(np.bincount(dataset.user[train]).max()),
+  )
+
+
+def build(dataset, split, used_networks, sources, config) -> tuple:
+  """`Shards` and `Shared` of a run, as NumPy arrays.
+
+  Args:
+    dataset: the set.
+    split: its split.
+    used_networks: {name: datasets.base.Network}, in the model's order.
+    sources: names of the content sources that the model reads.
+    config: the run's config.
+  """
+  train = split.part == splits.TRAIN
+  user, item = dataset.user[train], dataset.item[train]
+  num_users, num_items = len(dataset.users), len(dataset.items)
+  order = np.lexsort((item, user))
+  indptr = np.concatenate(
+    [[0], np.bincount(user, minlength=num_users).cumsum()]
+  )
+  deal = lambda **ids: sampling.deal(config.seed, config.data_shards, **ids)
+  shards = Shards(
+    number=np.arange(config.data_shards, dtype=np.int32),
+    interactions=deal(user=user, item=item),
+    items=deal(item=np.arange(num_items)),
+    users=deal(user=np.arange(num_users)),
+  )
+  shared = Shared(
+    seen=sampling.Adjacency(indptr.astype(np.int32), item[order]),
+    networks={
+      name: _shuffled(network, config.seed)
+      for name, network in used_networks.items()
+    },
+    membership=np.stack(
+      [np.diff(network.indptr) > 0 for network in used_networks.values()], 1
+    )
+    if used_networks
+    else np.zeros((num_users, 0), bool),
+    present={name: dataset.present[name] for name in sources},
+  )
+  return shards, shared
+
+
+def choose_networks(dataset, split, config) -> tuple[dict, dict]:
+  """The networks that the config names: explicit ones and `co_like`.
+
+  Only training interactions enter `co_like`; a test of every edge follows.
+
+  Returns:
+    {name: network}, and {name: number} to log: edges, and what H5 is about.
+
+  Raises:
+    errors.InputError: a network is named that the set does not have.
+  """
+  known = (*dataset.networks, "co_like")
+  names = _named(config.model.networks, known, "network", dataset)
+  chosen = {n: dataset.networks[n] for n in names if n != "co_like"}
+  if config.network.symmetrise:
+    chosen = {n: networks.symmetrised(net) for n, net in chosen.items()}
+  facts = {}
+  if "co_like" in names:
+    train = split.part == splits.TRAIN
+    user, item = dataset.user[train], dataset.item[train]
+    derived = networks.co_like(
+      user,
+      item,
+      len(dataset.users),
+      len(dataset.items),
+      degree_cap=config.network.co_like_degree,
+    )
+    leaked = networks.edges_without_common_item(derived, user, item)
+    if leaked:
+      raise AssertionError(
+        f"{leaked} co_like edges have no common training item (H5)"
+      )
+    chosen["co_like"] = derived
+    facts["H5/co_like_edges_without_common_item"] = leaked
+  facts |= {f"edges/{n}": len(net.indices) for n, net in chosen.items()}
+  return chosen, facts
+
+
+def choose_sources(dataset, config) -> tuple[str, ...]:
+  """Names of the content sources that the config asks for.
+
+  Raises:
+    errors.InputError: a source is named that the set does not have.
+  """
+  known = (*dataset.vectors, *(("text",) if "text" in dataset.present else ()))
+  return _named(config.model.sources, known, "source", dataset)
+
+
+def _named(wanted: str, known, kind, dataset) -> tuple[str, ...]:
+  """The names in a comma-separated list; "*" is all that are known."""
+  if wanted == "*":
+    return tuple(known)
+  names = tuple(name.strip() for name in wanted.split(",") if name.strip())
+  for name in names:
+    if name not in known:
+      raise errors.InputError(
+        f"{dataset.name} has no {kind} {name!r} (model.{kind}s); it has:"
+        f" {', '.join(known) or 'none'}"
+      )
+  return names
+
+
+def _shuffled(network, seed) -> sampling.Adjacency:
+  """Neighbour lists in a random order, so that a window of one is a sample."""
+  row = np.repeat(np.arange(len(network.indptr) - 1), np.diff(network.indptr))
+  chance = np.random.default_rng(seed).random(len(row))
+  order = np.lexsort((chance, row))
+  return sampling.Adjacency(
+    network.indptr.astype(np.int32), network.indices[order].astype(np.int32)
+  )
+
+
+def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes, seed: int) -> Plan:
+  """Order of this device's shards in an epoch."""
+
+  def order(stream, name, width, packed):
+    return sampling.epoch_order(
+      stream,
+      shards.number,
+      name=name,
+      seed=seed,
+      epoch=epoch,
+      steps=sizes.steps,
+      width=width,
+      packed=packed,
+    )
+
+  return Plan(
+    order(shards.interactions, _INTERACTIONS, sizes.interaction_width, True),
+    order(shards.items, _ITEMS, sizes.item_width, False),
+    order(shards.users, _USERS, sizes.user_width, False),
+  )
+
+
+def draw_batch(
+  shards: Shards,
+  shared: Shared,
+  plan: Plan,
+  content: dict[str, jax.Array],
+  step: jax.Array,
+  *,
+  sizes: Sizes,
+  config,
+  num_devices: int,
+) -> dict:
+  """The batch of a step on one device.
+
+  Args:
+    shards: this device's part of the streams.
+    shared: look-up arrays.
+    plan: order of the epoch.
+    content: {source: [S, W, ...]} of the step's items.
+    step: finished updates of the run.
+    sizes: shapes.
+    config: the run's config.
+    num_devices: devices that share the batch.
+
+  Returns:
+    `user`, `item` [B]; `negatives` [B, n], or [n'] for the softmax;
+    `stream_item` [S, W]; `vectors` {source: [S, W, F]}; `tokens` [S, W, L];
+    `present` {source: [S, W]}; `stream_user` [U]; `neighbours` {network:
+    [U, A]}; `membership` [B, K]; `shared_fraction`, this device's part of rows
+    that all devices hold.
+  """
+  epoch, at = jax.lax.div(step, sizes.steps), jax.lax.rem(step, sizes.steps)
+  places = jax.tree.map(lambda order: order[:, at], plan)
+  pairs = sampling.take(shards.interactions, places.interactions)
+  stream_item = sampling.take(shards.items, places.items)["item"]
+  stream_user = sampling.take(shards.users, places.users)["user"].reshape(-1)
+  content = dict(content)
+  tokens = content.pop("text", None)
+  user = pairs["user"].reshape(-1)
+  return {
+    "user": user,
+    "item": pairs["item"].reshape(-1),
+    "negatives": _negatives(
+      pairs["user"], places.interactions, shards, shared, step, sizes, config
+    ),
+    "shared_fraction": 1 / num_devices,
+    "stream_item": stream_item,
+    "vectors": content,
+    "tokens": None if tokens is None else _words(tokens, stream_item),
+    "present": {
+      name: present.at[stream_item].get(mode="fill", fill_value=False)
+      for name, present in shared.present.items()
+    },
+    "stream_user": stream_user,
+    "neighbours": {
+      name: sampling.neighbours(
+        stream_user,
+        network,
+        seed=config.seed,
+        number=number,
+        epoch=epoch,
+        cap=config.network.neighbour_cap,
+      )
+      for number, (name, network) in enumerate(shared.networks.items())
+    },
+    "membership": shared.membership.at[user].get(mode="fill", fill_value=False),
+  }
+
+
+def _words(tokens, item):
+  """Rows of the word table, PAD where there is no word or no item.
+
+  What stands in the place of no item is another item's text if the content is
+  resident; its words must not count as touched.
+  """
+  real = (tokens > 0) & (item != sampling.PAD)[..., None]  # 0 is padding
+  return jnp.where(real, tokens.astype(jnp.int32), sampling.PAD)
+
+
+def _negatives(user, places, shards, shared, step, sizes, config):
+  if config.interaction_loss == "softmax":
+    return sampling.shared_negatives(
+      seed=config.seed,
+      step=step,
+      count=config.losses.softmax.shared_negatives,
+      num_items=sizes.num_items,
+    )
+  drawn = sampling.negatives(
+    user,
+    places,
+    shards.number,
+    shared.seen,
+    seed=config.seed,
+    step=step,
+    count=config.negatives.per_positive,
+    num_items=sizes.num_items,
+    max_seen=sizes.max_seen,
+    resample=config.negatives.resample,
+  )
+  return drawn.reshape(-1, drawn.shape[-1])

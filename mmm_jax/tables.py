@@ -1,0 +1,159 @@
+"""Embedding tables whose updates cost as much as the batch, not the table.
+
+A step gathers the rows that it touches, differentiates with respect to those
+rows, and writes back only them. The optimisers are the lazy forms of the usual
+ones: a row that a step does not touch keeps its moments.
+
+Shapes: R rows of a table, d their width, n rows touched by a step (with
+repeats).
+"""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from mmm_jax import sampling
+
+
+@flax.struct.dataclass
+class Table:
+  """Rows and their moments side by side.
+
+  An update then needs one gather and one scatter, and what belongs to a row
+  lies together in memory: it takes half the time of separate arrays.
+  """
+
+  packed: jax.Array  # [R, (1 + moments) * d]
+  width: int = flax.struct.field(pytree_node=False)  # d
+
+  @property
+  def rows(self) -> jax.Array:
+    return self.packed[:, : self.width]
+
+
+class Optimizer(NamedTuple):
+  """`step(rows, moments, grads, rate, count) -> rows, moments`, row by row."""
+
+  num_moments: int
+  step: Callable
+
+
+NAMES = ("adam", "adagrad", "sgd")
+
+
+def optimizer(name: str, *, b1: float, b2: float, eps: float) -> Optimizer:
+  """The row-wise optimiser called `name`, one of NAMES."""
+
+  def adam(rows, moments, grads, rate, count):
+    mean = b1 * moments[0] + (1 - b1) * grads
+    square = b2 * moments[1] + (1 - b2) * grads**2
+    # Bias correction counts the run's steps, as dense Adam does.
+    unbiased = mean / (1 - b1**count)
+    scale = jnp.sqrt(square / (1 - b2**count)) + eps
+    return rows - rate * unbiased / scale, (mean, square)
+
+  def adagrad(rows, moments, grads, rate, count):
+    square = moments[0] + grads**2
+    return rows - rate * grads / (jnp.sqrt(square) + eps), (square,)
+
+  def sgd(rows, moments, grads, rate, count):
+    return rows - rate * grads, ()
+
+  known = {
+    "adam": Optimizer(2, adam),
+    "adagrad": Optimizer(1, adagrad),
+    "sgd": Optimizer(0, sgd),
+  }
+  return known[name]
+
+
+def create(rows: jax.Array, rule: Optimizer) -> Table:
+  """A table that starts with `rows` [R, d] and zero moments."""
+  zeros = [jnp.zeros_like(rows)] * rule.num_moments
+  return Table(jnp.concatenate([rows, *zeros], axis=1), rows.shape[1])
+
+
+def gather(tables: dict[str, Table], lookups):
+  """Rows for `lookups`, {table: {use: ids [...]}} -> the same with [..., d]."""
+  return {
+    name: jax.tree.map(functools.partial(look_up, tables[name]), uses)
+    for name, uses in lookups.items()
+  }
+
+
+def look_up(table: Table, ids: jax.Array) -> jax.Array:
+  """Rows [..., d] of ids [...], zeros where an id is PAD."""
+  return table.rows.at[ids].get(mode="fill", fill_value=0)
+
+
+def new_slots(tables: dict[str, Table]) -> dict[str, jax.Array]:
+  """The reverse index of each table, [R] int32; its content never matters."""
+  return {
+    name: jnp.zeros(table.packed.shape[0], jnp.int32)
+    for name, table in tables.items()
+  }
+
+
+def update_rows(
+  table: Table,
+  slot: jax.Array,
+  ids: jax.Array,
+  grads: jax.Array,
+  *,
+  rule: Optimizer,
+  rate: jax.Array,
+  count: jax.Array,
+) -> tuple[Table, jax.Array]:
+  """Updates the rows in `ids`, each once, with the sum of its gradients.
+
+  Repeats are found by a reverse index instead of a sort: every occurrence
+  writes its place to `slot[id]`, and the one that is found there afterwards
+  owns the row.
+
+  Args:
+    table: the table.
+    slot: [R] int32 scratch; any content.
+    ids: [n], PAD for none.
+    grads: [n, d].
+    rule: row-wise optimiser.
+    rate: learning rate.
+    count: this update's number, from 1.
+
+  Returns:
+    The table and the scratch.
+  """
+  place = jnp.arange(ids.shape[0], dtype=jnp.int32)
+  slot = slot.at[ids].set(place, mode="drop")
+  owner = slot.at[ids].get(mode="fill", fill_value=sampling.PAD)
+  grads = jnp.zeros_like(grads).at[owner].add(grads, mode="drop")
+  ids = jnp.where(owner == place, ids, sampling.PAD)
+  old = table.packed.at[ids].get(mode="fill", fill_value=0)
+  new = _stepped(old, grads, table.width, rule, rate, count)
+  return table.replace(packed=table.packed.at[ids].set(new, mode="drop")), slot
+
+
+def update_dense(
+  table: Table,
+  ids: jax.Array,
+  grads: jax.Array,
+  *,
+  rule: Optimizer,
+  rate: jax.Array,
+  count: jax.Array,
+) -> Table:
+  """The textbook update of every row; for comparison and whole-graph models."""
+  dense = jnp.zeros_like(table.rows).at[ids].add(grads, mode="drop")
+  return table.replace(
+    packed=_stepped(table.packed, dense, table.width, rule, rate, count)
+  )
+
+
+def _stepped(packed, grads, width, rule, rate, count):
+  """`rule` applied to packed rows: [n, (1 + moments) * d] -> the same."""
+  rows, *moments = jnp.split(packed, 1 + rule.num_moments, axis=1)
+  rows, moments = rule.step(rows, tuple(moments), grads, rate, count)
+  return jnp.concatenate([rows, *moments], axis=1)

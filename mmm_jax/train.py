@@ -1,0 +1,342 @@
+"""Training, from a config to the files of a run.
+
+`train_and_evaluate` reads as the story of a run: assemble, restore, train
+epoch by epoch with K-means and validation in between, test once at the end.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import pathlib
+import signal
+import time
+
+import jax
+import numpy as np
+
+from mmm_jax import (
+  assemble,
+  checkpoint,
+  clustering,
+  command,
+  input_pipeline,
+  logs,
+  manifest,
+  parallel,
+  sampling,
+  scoring,
+  streams,
+  update,
+  validate,
+)
+from mmm_jax import (
+  workdir as folders,
+)
+from mmm_jax.datasets import splits
+
+SELECT = "ndcg@20"  # of `full` validation, for every model
+
+_LOG = logging.getLogger("mmm_jax")
+
+
+class Trainer:
+  """The running state of a run, and the acts that its loop consists of."""
+
+  def __init__(
+    self, run: assemble.Run, workdir: pathlib.Path, engine: parallel.Engine
+  ):
+    self.run, self.engine = run, engine
+    self.config, self.sizes = run.config, run.sizes
+    self.has_valid = bool((run.split.part == splits.VALID).any())
+    self.checkpoints = checkpoint.open_manager(
+      workdir.absolute() / "checkpoints", keep=run.config.checkpoint.keep
+    )
+    self.log = logs.RunLog(
+      workdir,
+      tensorboard=run.config.log.tensorboard,
+      primary=jax.process_index() == 0,
+    )
+    self.manifest = manifest.Manifest(
+      workdir,
+      data=run.dataset.fingerprint,
+      split=run.split.fingerprint,
+      primary=jax.process_index() == 0,
+    )
+    self.manifest.values["statistics"] = run.dataset.statistics
+    self.manifest.values["facts"] = run.facts
+    self.stop_asked = False
+    self._saved_at = time.monotonic()
+
+  # -- start
+
+  def start(self):
+    """Puts data and the state, new or restored, on the devices."""
+    run, engine = self.run, self.engine
+    state = assemble.initial_state(run)
+    best = scoring.snapshot(state, -np.inf)
+    found = checkpoint.restore(self.checkpoints, {"state": state, "best": best})
+    if found is not None:
+      state, best = found["state"], found["best"]
+      step = int(state.step)
+      last = self.log.resume(step)
+      self.manifest.resumed(step=step, last_step=last)
+      _LOG.info("resumed at step %d; %d to redo", step, last - step)
+    else:
+      self.log.resume(0)
+    self.best, self.step = best, int(state.step)
+    self.state = engine.replicate(state)
+    self.shards = engine.shard(run.shards)
+    self.shared = engine.replicate(run.shared)
+    self._make_functions()
+    resident = run.content.fits(self.config.input.content_budget_mb)
+    self.resident = None
+    if resident:
+      self.resident = input_pipeline.load_resident(
+        run.content, run.shards.items.ids["item"], engine, self.config
+      )
+    if not self.step and self._categories_due(0):
+      self.cluster(0)
+    self.manifest.values["content"] = "resident" if resident else "streamed"
+    self.manifest.write()
+
+  def _make_functions(self):
+    run, engine = self.run, self.engine
+    part = parallel.SHARDED
+    self._plan = engine.map(
+      functools.partial(streams.plan, sizes=run.sizes, seed=self.config.seed),
+      (part, parallel.HOST),
+      part,
+    )
+    self._chunk = update.make_train_chunk(
+      run.model,
+      self.config,
+      run.sizes,
+      run.module.term_weights(run.model, self.config),
+      engine,
+      resident=run.content.fits(self.config.input.content_budget_mb),
+    )
+    self._seed, self._follow = clustering.make_clustering(run, engine)
+
+  # -- an epoch
+
+  def finished(self) -> bool:
+    late = int(self.best.evaluations_since) >= self.config.eval.patience
+    return late or self.step >= self.config.epochs * self.sizes.steps
+
+  def train_epoch(self, progress: logs.Progress):
+    """The steps that are left of the current epoch, chunk by chunk."""
+    epoch, at = divmod(self.step, self.sizes.steps)
+    plan = self._plan(self.shards, np.int32(epoch))
+    chunks = self._chunks_ahead(at)
+    with contextlib.closing(self._content(plan, at, chunks)) as contents:
+      for num_steps, content in zip(chunks, contents):
+        started = time.perf_counter()
+        self.state, values = self._chunk(
+          np.int32(num_steps),
+          self.state,
+          self.shards,
+          self.shared,
+          plan,
+          content,
+        )
+        values = jax.device_get(self.engine.first(values))
+        values = {name: series[:num_steps] for name, series in values.items()}
+        self._check_finite(values)
+        self.step += num_steps
+        row = {name: float(np.mean(series)) for name, series in values.items()}
+        row["learning_rate"] = float(values["learning_rate"][-1])
+        trained = self._positives(num_steps)
+        row["interactions_per_s"] = trained / (time.perf_counter() - started)
+        at_end = self.step % self.sizes.steps == 0
+        if at_end:
+          row |= self.between_epochs(epoch + 1)
+        self.log.write(
+          self.step, {"epoch": self.step / self.sizes.steps, **row}
+        )
+        progress.update(trained, self._note(row))
+        self.save_if_due()
+
+  def _positives(self, num_steps):
+    """Training positives of the last steps; an epoch's last step is short."""
+    size = self.config.batch_size
+    end = (self.step - 1) % self.sizes.steps + 1
+    first = (end - num_steps) * size
+    return min(end * size, self.sizes.num_train) - first
+
+  def _chunks_ahead(self, at):
+    """Numbers of steps of the chunks from step `at` of an epoch on."""
+    length = update.chunk_steps(self.config, self.sizes)
+    starts = range(at, self.sizes.steps, length)
+    return [min(length, self.sizes.steps - start) for start in starts]
+
+  def _content(self, plan, at, chunks):
+    """Yields the content of each chunk."""
+    if self.resident is not None:
+      for _ in chunks:
+        yield self.resident
+      return
+    places = self.engine.whole(plan.items)[:, at:]
+    ids = self.run.shards.items.ids["item"]
+    shard = np.arange(len(ids))[:, None, None]
+    order = np.where(
+      places < 0, sampling.PAD, ids[shard, np.maximum(places, 0)]
+    )
+    yield from input_pipeline.stream(
+      self.run.content,
+      order,
+      chunks,
+      update.chunk_steps(self.config, self.sizes),
+      self.engine,
+      self.config,
+    )
+
+  def _check_finite(self, values):
+    bad = update.first_non_finite(values)
+    if bad is None:
+      return
+    at, name = bad
+    good = self.checkpoints.latest_step()
+    where = "none" if good is None else f"step {good}"
+    raise command.NonFiniteError(
+      f"{name} became {values[name][at]} in step {self.step + at + 1}; last"
+      f" good checkpoint: {where}. Lower"
+      f" losses.{self.config.interaction_loss}.learning_rate, or look at the"
+      " weights of that term."
+    )
+
+  def _note(self, row):
+    metric = float(self.best.metric)
+    best = f", best {SELECT} {metric:.4f}" if np.isfinite(metric) else ""
+    epoch = self.step / self.sizes.steps
+    return f"epoch {epoch:.1f}, loss {row['loss']:.4g}{best}"
+
+  # -- between epochs
+
+  def between_epochs(self, epoch: int) -> dict:
+    """K-means and validation after `epoch` epochs; returns a row to log."""
+    row = dict(self.run.facts)
+    if self._categories_due(epoch):
+      row |= self.cluster(epoch)
+    if self.has_valid and epoch % self.config.eval.every_epochs == 0:
+      row |= self.validate()
+    return row
+
+  def _categories_due(self, epoch):
+    wanted = self.config.num_categories
+    return wanted and epoch >= self.config.kmeans.warmup_epochs
+
+  def cluster(self, epoch: int) -> dict:
+    before = np.array(self.engine.first(self.state).categories.assignment)
+    warm = epoch > self.config.kmeans.warmup_epochs
+    renew = self._follow if warm else self._seed
+    self.state, found = renew(self.state)
+    found = jax.device_get(self.engine.first(found))
+    return clustering.describe_clusters(
+      found, before, self.run.dataset.category
+    )
+
+  def validate(self) -> dict:
+    """Scores the validation part; keeps the parameters if they are the best."""
+    with self.manifest.timed("validation"):
+      now = scoring.snapshot(self.engine.first(self.state), -np.inf)
+      result, _ = scoring.score_protocols(self.run, now, ("valid",), ("full",))
+    metrics = result["full"]["valid"]
+    if metrics[SELECT] > self.best.metric:
+      self.best = now.replace(metric=np.float64(metrics[SELECT]))
+    else:
+      since = self.best.evaluations_since + np.int32(1)
+      self.best = self.best.replace(evaluations_since=since)
+    return {f"valid/{name}": value for name, value in metrics.items()}
+
+  # -- saving
+
+  def save(self):
+    tree = {"state": self.engine.first(self.state), "best": self.best}
+    with self.manifest.timed("checkpoints"):
+      checkpoint.save(self.checkpoints, self.step, tree)
+    self.manifest.write()
+    self._saved_at = time.monotonic()
+
+  def save_if_due(self):
+    """Saves after a while, and before stopping if a signal asked to."""
+    waited = time.monotonic() - self._saved_at
+    if self.stop_asked or waited >= self.config.checkpoint.every_seconds:
+      self.save()
+    if self.stop_asked:
+      raise command.Stopped(
+        f"stopped at step {self.step}; the same command continues"
+      )
+
+  def close(self):
+    self.log.close()
+    self.checkpoints.close()
+
+
+def train(trainer: Trainer) -> scoring.Best:
+  """Trains to the end or to early stopping; the parameters to report."""
+  total = trainer.config.epochs * trainer.sizes.num_train
+  progress = logs.Progress(
+    total,
+    done=int(
+      total * trainer.step / (trainer.config.epochs * trainer.sizes.steps)
+    ),
+    primary=jax.process_index() == 0,
+  )
+  with contextlib.closing(progress), trainer.manifest.timed("training"):
+    while not trainer.finished():
+      trainer.train_epoch(progress)
+  trainer.save()
+  return scoring.reported(trainer.engine.first(trainer.state), trainer.best)
+
+
+def train_and_evaluate(config, workdir) -> dict:
+  """Trains what a config describes and writes the files of the run.
+
+  Args:
+    config: a full config, as `configs/mmm.py` gives it.
+    workdir: the run's folder; an unfinished run in it continues.
+
+  Returns:
+    What `result.json` holds.
+
+  Raises:
+    errors.InputError: data, config or folder are wrong.
+    command.NonFiniteError: a loss term is not finite.
+    command.Stopped: SIGTERM or SIGINT came; the checkpoint is written.
+  """
+  workdir = pathlib.Path(workdir)
+  validate.check(config)
+  with folders.locked(workdir):
+    folders.check_config(config, workdir)
+    done = workdir / "result.json"
+    if done.exists():
+      return json.loads(done.read_text())
+    run = assemble.assemble(config)
+    folders.write_inputs(run, workdir)
+    trainer = Trainer(run, workdir, parallel.make_engine(config))
+    with contextlib.closing(trainer), stopping(trainer):
+      trainer.start()
+      best = train(trainer)
+      with trainer.manifest.timed("evaluation"):
+        result = folders.write_results(run, best, workdir)
+      trainer.manifest.write(finished=True)
+  return result
+
+
+@contextlib.contextmanager
+def stopping(trainer: Trainer):
+  """SIGTERM and SIGINT ask the trainer to save and stop after its chunk."""
+
+  def ask(*_):
+    trainer.stop_asked = True
+
+  try:
+    old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+  except ValueError:  # not in the main thread, as in some notebooks
+    old = {}
+  try:
+    yield
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)

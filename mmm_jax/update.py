@@ -1,0 +1,244 @@
+"""One training step on one device, chunks of steps, and the state they change.
+
+Shapes: S data shards of this device, T steps of a chunk.
+"""
+
+import functools
+
+import flax
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mmm_jax import input_pipeline, losses, parallel, streams, tables
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that training changes; with the config it is the run."""
+
+  step: jax.Array  # finished updates
+  params: dict  # encoders, maps, category vectors: under optax
+  opt_state: optax.OptState
+  tables: dict[str, tables.Table]  # one row a user, an item, a word, ...
+  categories: object  # the model's, constant within an epoch
+
+
+def learning_rate(config, step):
+  """Exponential decay, from the rate that belongs to the loss."""
+  start = config.losses[config.interaction_loss].learning_rate
+  schedule = config.schedule
+  exponent = step / schedule.decay_steps
+  if schedule.staircase:
+    exponent = jnp.floor(exponent)
+  return start * schedule.decay_rate**exponent
+
+
+def dense_optimizer(config) -> optax.GradientTransformation:
+  """Adam; weight decay on encoders and maps is a remedy of ours for H1."""
+  adam, decay = config.optimizer, config.remedies.encoder_decay
+  decayed = lambda params: jax.tree_util.tree_map_with_path(
+    lambda path, _: path[0].key != "category_vectors", params
+  )
+  return optax.chain(
+    optax.scale_by_adam(b1=adam.b1, b2=adam.b2, eps=adam.eps),
+    optax.add_decayed_weights(decay, mask=decayed) if decay
+    else optax.identity(),
+    optax.scale_by_learning_rate(functools.partial(learning_rate, config)),
+  )  # fmt: skip
+
+
+def row_rule(config) -> tables.Optimizer:
+  adam = config.optimizer
+  return tables.optimizer(
+    config.tables.optimizer, b1=adam.b1, b2=adam.b2, eps=adam.eps
+  )
+
+
+def create_state(config, *, params, rows: dict, categories) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    config: the run's config.
+    params: dense parameters.
+    rows: {table: [R, d]} starting values of the tables.
+    categories: the model's, before the first K-means.
+  """
+  rule = row_rule(config)
+  return TrainState(
+    step=jnp.int32(0),
+    params=params,
+    opt_state=dense_optimizer(config).init(params),
+    tables={name: tables.create(start, rule) for name, start in rows.items()},
+    categories=categories,
+  )
+
+
+def train_step(
+  state: TrainState, slots, batch, *, model, config, steps, weights
+):
+  """One update; to be mapped over devices on the axis "data".
+
+  Differentiates Eq. 17 with respect to the dense parameters and to the table
+  rows that the batch touches, adds the gradients of all devices, and applies
+  them everywhere alike.
+
+  Args:
+    state: replicated.
+    slots: scratch of the row updates, {table: [R]}.
+    batch: this device's part.
+    model: the Flax module.
+    config: the run's config.
+    steps: steps of an epoch.
+    weights: {term: weight in Eq. 17}.
+
+  Returns:
+    The new state, the scratch, and {name: value} over all devices.
+  """
+  lookups = model.lookups(batch)
+
+  def objective(params, rows):
+    terms, watched = model.apply(
+      {"params": params}, rows, batch, state.categories, method="loss"
+    )
+    literal = config.normalisation == "paper_sums"
+    values = {
+      name: _sums(term, steps) if literal else _mean(term)
+      for name, term in terms.items()
+    }
+    loss = sum(weights[name] * value for name, value in values.items())
+    watched = {name: _mean(term) for name, term in watched.items()}
+    return loss, {"loss": loss, **values, **watched}
+
+  rows = tables.gather(state.tables, lookups)
+  grads, values = jax.grad(objective, argnums=(0, 1), has_aux=True)(
+    state.params, rows
+  )
+  dense_grads, values = lax.psum((grads[0], values), parallel.AXIS)
+  updates, opt_state = dense_optimizer(config).update(
+    dense_grads, state.opt_state, state.params
+  )
+  new_tables, slots = _update_tables(state, slots, lookups, grads[1], config)
+  values["learning_rate"] = learning_rate(config, state.step)
+  state = state.replace(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    opt_state=opt_state,
+    tables=new_tables,
+  )
+  return state, slots, values
+
+
+def _mean(term: losses.Term):
+  """This device's share of the mean over the global batch."""
+  return term.total / jnp.maximum(lax.psum(term.count, parallel.AXIS), 1e-9)
+
+
+def _sums(term: losses.Term, steps: int):
+  """This device's share of an unbiased estimate of the literal Eq. 17.
+
+  An epoch visits everything once, so a step sees a `steps`-th of each sum.
+  """
+  if term.replicated:
+    return term.total / lax.axis_size(parallel.AXIS)
+  return term.total * steps
+
+
+def _update_tables(state, slots, lookups, grads, config):
+  rule, rate = row_rule(config), learning_rate(config, state.step)
+  settings = dict(rule=rule, rate=rate, count=state.step + 1)
+  new_tables, new_slots = dict(state.tables), dict(slots)
+  for name, uses in lookups.items():
+    ids = jnp.concatenate([use.reshape(-1) for use in jax.tree.leaves(uses)])
+    width = state.tables[name].width
+    parts = [part.reshape(-1, width) for part in jax.tree.leaves(grads[name])]
+    ids, grad = lax.all_gather(
+      (ids, jnp.concatenate(parts)), parallel.AXIS, tiled=True
+    )
+    if config.tables["update"] == "dense":
+      new_tables[name] = tables.update_dense(
+        state.tables[name], ids, grad, **settings
+      )
+    else:
+      new_tables[name], new_slots[name] = tables.update_rows(
+        state.tables[name], slots[name], ids, grad, **settings
+      )
+  return new_tables, new_slots
+
+
+def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
+  """Compiles a dispatch of up to `chunk_steps` steps.
+
+  Returns:
+    A function of (num_steps, state, shards, shared, plan, content) that gives
+    the state after `num_steps` steps, and {name: [chunk_steps]} with the
+    values of each step (zeros behind them). The state's memory is given back
+    to it. A scan whose length is an argument, so that a short last chunk of
+    an epoch is not compiled again.
+  """
+  cut = input_pipeline.at_places if resident else input_pipeline.at_step
+
+  @jax.jit  # so that it is traced once, for its shapes and for the loop
+  def step_at(at, state, slots, shards, shared, plan, content):
+    places = plan.items[:, lax.rem(state.step, sizes.steps)]
+    batch = streams.draw_batch(
+      shards,
+      shared,
+      plan,
+      cut(content, places, at),
+      state.step,
+      sizes=sizes,
+      config=config,
+      num_devices=engine.num_devices,
+    )
+    return train_step(
+      state,
+      slots,
+      batch,
+      model=model,
+      config=config,
+      steps=sizes.steps,
+      weights=weights,
+    )
+
+  def train_chunk(num_steps, state, *data):
+    def body(at, carry):
+      state, slots, series = carry
+      state, slots, values = step_at(at, state, slots, *data)
+      write = lambda whole, value: whole.at[at].set(value)
+      return state, slots, jax.tree.map(write, series, values)
+
+    slots = tables.new_slots(state.tables)
+    values = jax.eval_shape(step_at, jnp.int32(0), state, slots, *data)[2]
+    length = chunk_steps(config, sizes)
+    series = {name: jnp.zeros(length, x.dtype) for name, x in values.items()}
+    state, _, series = lax.fori_loop(0, num_steps, body, (state, slots, series))
+    return state, series
+
+  whole, part = parallel.REPLICATED, parallel.SHARDED
+  return engine.map(
+    train_chunk,
+    (parallel.HOST, whole, part, whole, part, part),
+    (whole, whole),
+    donate=(1,),
+  )
+
+
+def chunk_steps(config, sizes) -> int:
+  """Steps of a dispatch; the last one of an epoch may have fewer."""
+  return min(config.log.every_steps, sizes.steps)
+
+
+def first_non_finite(values: dict[str, np.ndarray]) -> tuple[int, str] | None:
+  """Place in the chunk and name of the first value that is not finite."""
+  bad = {
+    name: int(np.argmin(np.isfinite(series)))
+    for name, series in values.items()
+    if not np.isfinite(series).all()
+  }
+  if not bad:
+    return None
+  name = min(bad, key=lambda name: (bad[name], name == "loss"))
+  return bad[name], name

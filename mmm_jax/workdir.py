@@ -1,0 +1,101 @@
+"""A run's folder: one process at a time, one config, whole files."""
+
+import contextlib
+import fcntl
+import json
+import pathlib
+
+from mmm_jax import assemble, errors, files, scoring
+from mmm_jax.datasets import splits
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path):
+  """Makes the folder and keeps other processes out of it."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = open(workdir / ".lock", "w")  # noqa: SIM115, closed below
+  except OSError as error:
+    raise errors.InputError(
+      f"cannot write to workdir {workdir}: {error.strerror}; choose another"
+      " --workdir"
+    ) from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise errors.InputError(
+        f"another process is working in {workdir}; wait for it, or choose"
+        " another --workdir"
+      ) from None
+    try:
+      yield
+    except errors.InputError:
+      _remove_if_empty(workdir)
+      raise
+
+
+def _remove_if_empty(workdir):
+  """Leaves nothing of a run that bad input kept from starting."""
+  if [path.name for path in workdir.iterdir()] == [".lock"]:
+    with contextlib.suppress(OSError):
+      (workdir / ".lock").unlink()
+      workdir.rmdir()
+
+
+def check_config(config, workdir: pathlib.Path) -> None:
+  """Compares the config with the one of the run in the folder, if any.
+
+  Raises:
+    errors.InputError: the folder belongs to a run with another config.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  old = _leaves(json.loads(path.read_text()))
+  new = _leaves(json.loads(config.to_json()))
+  keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+  if keys:
+    shown = "; ".join(
+      f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys
+    )
+    raise errors.InputError(
+      f"{workdir} holds a run with another config ({shown}); give the same"
+      " values to continue it, or another --workdir"
+    )
+
+
+def _leaves(tree, prefix="") -> dict:
+  leaves = {}
+  for key, value in tree.items():
+    if isinstance(value, dict) and value:
+      leaves |= _leaves(value, f"{prefix}{key}.")
+    else:
+      leaves[prefix + key] = value
+  return leaves
+
+
+def write_inputs(run: assemble.Run, workdir: pathlib.Path) -> None:
+  """Writes the config, and the split that others can score systems with.
+
+  Not before the data are read: a run whose data are wrong leaves nothing.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    files.write_json(path, json.loads(run.config.to_json()))
+  path = workdir / "split.parquet"
+  if not path.exists():
+    splits.write(path, run.dataset, run.split)
+
+
+def write_results(
+  run: assemble.Run, best: scoring.Best, workdir: pathlib.Path
+) -> dict:
+  """Scores validation and test once; writes result.json last."""
+  result, per_user = scoring.score_protocols(
+    run, best, ("valid", "test"), run.config.eval.protocols
+  )
+  per_user = {**per_user, "user": run.dataset.users[per_user["user"]]}
+  files.write_parquet(workdir / "per_user.parquet", per_user)
+  files.write_json(workdir / "result.json", result)
+  return json.loads((workdir / "result.json").read_text())

@@ -1,0 +1,23 @@
+"""What holds for every test: eight devices made of one CPU, strict warnings."""
+
+import os
+import pathlib
+import warnings
+
+import jax
+
+# Before anything asks JAX for its devices. Set here and not in XLA_FLAGS, which
+# commands that tests start would inherit.
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+_CACHE = pathlib.Path("~/.cache/mmm_jax/tests-compiled").expanduser()
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+# Small programs, too: a test waits for hundreds of them.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config):
+  config.addinivalue_line("filterwarnings", r"error:::mmm_jax(\..*)?")
+  warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")

@@ -1,0 +1,167 @@
+"""Starts the project's commands, as a user would or from a warm process.
+
+`start` and `run` are `python -m ...`. A `Warm` process has imported a command
+and forks for every call, which saves the seconds of the imports; what the
+fork does from parsing flags to the exit code is the command's own.
+"""
+
+import atexit
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = f"--config={ROOT}/configs/mmm.py"
+_LIMIT_S = 300
+
+
+@functools.cache
+def data_dir() -> pathlib.Path:
+  """Prepared sets of this session; compiled programs outlive it."""
+  folder = pathlib.Path(tempfile.mkdtemp(prefix="mmm_jax-tests-"))
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  compiled = pathlib.Path("~/.cache/mmm_jax/tests-compiled").expanduser()
+  compiled.mkdir(parents=True, exist_ok=True)
+  (folder / "compiled").symlink_to(compiled)
+  return folder
+
+
+SHORT = (
+  f"--config.dataset.data_dir={data_dir()}",
+  "--config.epochs=4",
+  "--config.eval.every_epochs=2",
+  "--config.log.every_steps=10",
+  "--config.checkpoint.every_seconds=0.3",
+)
+
+
+def config(variants: str):
+  """The config of MMM, as `CONFIG:variants` gives it."""
+  path = ROOT / "configs" / "mmm.py"
+  spec = importlib.util.spec_from_file_location("tests_runs_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(variants)
+
+
+class Done(NamedTuple):
+  """How a command ended."""
+
+  code: int
+  out: str
+  err: str
+
+
+def start(module: str, *arguments, cwd=None, **streams) -> subprocess.Popen:
+  """Starts `python -m module arguments`; by default its output is dropped."""
+  streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | (
+    streams
+  )
+  command = [sys.executable, "-m", module, *map(str, arguments)]
+  return subprocess.Popen(
+    command, cwd=cwd or ROOT, env=environment(), **streams
+  )
+
+
+def run(module: str, *arguments, cwd=None) -> Done:
+  """`start`, to the end."""
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  with start(module, *arguments, cwd=cwd, **pipes) as process:
+    try:
+      out, err = process.communicate(timeout=_LIMIT_S)
+    finally:
+      process.kill()
+  return Done(process.returncode, out, err)
+
+
+def environment() -> dict[str, str]:
+  """For processes that import the project, on the CPU."""
+  path = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
+  return os.environ | {
+    "PYTHONPATH": path,
+    "JAX_PLATFORMS": "cpu",
+    # With them a program's key has the path of `data_dir` in it.
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+  }
+
+
+class Warm:
+  """A process that waits for command lines of one module."""
+
+  def __init__(self, module: str):
+    self._process = subprocess.Popen(
+      [sys.executable, __file__, module],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      env=environment(),
+    )
+
+  def __call__(self, *arguments, cwd=None) -> Done:
+    with tempfile.TemporaryDirectory() as folder:
+      request = {
+        "arguments": list(map(str, arguments)),
+        "cwd": str(cwd or ROOT),
+        "folder": folder,
+      }
+      self._process.stdin.write(json.dumps(request) + "\n")
+      self._process.stdin.flush()
+      code = int(self._process.stdout.readline())
+      read = lambda name: (pathlib.Path(folder) / name).read_text()
+      return Done(code, read("1"), read("2"))
+
+  def close(self):
+    self._process.stdin.close()
+    self._process.wait()
+    self._process.stdout.close()
+
+
+def _serve(name):
+  module = importlib.import_module(name)
+  from mmm_jax import command
+
+  # What libraries say must not be taken for an answer.
+  answers = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)
+  for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if not child:
+      _answer(module, command, request)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code, file=answers, flush=True)
+
+
+def _answer(module, command, request):
+  signal.alarm(_LIMIT_S)
+  os.chdir(request["cwd"])
+  for number in (1, 2):
+    path = pathlib.Path(request["folder"]) / str(number)
+    os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+  sys.argv = [module.__file__, *request["arguments"]]
+  code = 1
+  try:
+    command.run(module.main)
+    code = 0
+  except SystemExit as end:
+    code = end.code or 0
+  except BaseException:
+    traceback.print_exc()
+  finally:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+  _serve(sys.argv[1])

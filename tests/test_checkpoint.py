@@ -1,0 +1,142 @@
+"""Checkpoints come back bit for bit, and a damaged one is passed over."""
+
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from mmm_jax import checkpoint, command, errors, logs, train, update
+
+
+def make_tree(step):
+  rng = np.random.default_rng(step)
+  table = update.tables.Table(
+    rng.standard_normal((3, 4)).astype(np.float32), width=2
+  )
+  return {
+    "tables": {"user": table},
+    "step": np.int32(step),
+    "odd": np.array([np.nan, -np.inf, 1e-42], np.float32),
+    "metric": np.float64(0.1 + step),
+    "none": np.zeros((5, 0), bool),  # Orbax refuses empty arrays
+  }
+
+
+def saved(folder, *steps):
+  manager = checkpoint.open_manager(folder, keep=2)
+  for step in steps:
+    checkpoint.save(manager, step, make_tree(step))
+  return manager
+
+
+def assert_bits(tree, other):
+  assert jax.tree.structure(tree) == jax.tree.structure(other)
+  for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other)):
+    x, y = np.asarray(x), np.asarray(y)
+    assert (x.dtype, x.shape) == (y.dtype, y.shape)
+    assert x.tobytes() == y.tobytes()
+
+
+def test_round_trip_is_bit_for_bit(tmp_path):
+  saved(tmp_path, 3).close()
+  manager = checkpoint.open_manager(tmp_path, keep=2)
+  assert_bits(checkpoint.restore(manager, make_tree(0)), make_tree(3))
+  manager.close()
+
+
+def test_no_checkpoint_is_none(tmp_path):
+  manager = checkpoint.open_manager(tmp_path, keep=2)
+  assert checkpoint.restore(manager, make_tree(0)) is None
+  manager.close()
+
+
+def test_the_newest_ones_are_kept(tmp_path):
+  manager = saved(tmp_path, 1, 2, 3)
+  assert sorted(manager.all_steps()) == [2, 3]
+  assert_bits(checkpoint.restore(manager, make_tree(0)), make_tree(3))
+  checkpoint.save(manager, 3, make_tree(7))  # is there: stays as it is
+  assert_bits(checkpoint.restore(manager, make_tree(0)), make_tree(3))
+  manager.close()
+
+
+def truncate(folder):
+  """Halves the file that holds the arrays."""
+  files = [path for path in folder.rglob("*") if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def empty(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+
+
+def drop_metadata(folder):
+  for path in folder.rglob("_METADATA"):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, drop_metadata])
+def test_a_damaged_newest_checkpoint_falls_back(tmp_path, caplog, damage):
+  saved(tmp_path, 1, 2).close()
+  damage(tmp_path / "2")
+  manager = checkpoint.open_manager(tmp_path, keep=2)
+  with caplog.at_level(logging.WARNING):
+    found = checkpoint.restore(manager, make_tree(0))
+  manager.close()
+  assert_bits(found, make_tree(1))
+  if damage is not empty:  # Orbax does not even list an empty folder
+    assert "checkpoint 2" in caplog.text
+
+
+def test_leaves_that_do_not_fit_are_named(tmp_path):
+  manager = saved(tmp_path, 1)
+  template = make_tree(0) | {"more": jnp.zeros(1)}
+  with pytest.raises(errors.InputError, match=r"none of the checkpoints \[1\]"):
+    checkpoint.restore(manager, template)
+  manager.close()
+
+
+def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path):
+  saved(tmp_path, 1, 2).close()
+  for step in "12":
+    truncate(tmp_path / step)
+  manager = checkpoint.open_manager(tmp_path, keep=2)
+  with pytest.raises(errors.InputError, match="remove the folder"):
+    checkpoint.restore(manager, make_tree(0))
+  manager.close()
+
+
+def start(tmp_path):
+  config = toy.get_config("cat", log__every_steps=4)
+  run = toy.make_run(config, toy.random_data(40, 60))
+  trainer = train.Trainer(run, tmp_path, toy.make_engine())
+  trainer.start()
+  return trainer
+
+
+def finish(trainer):
+  """Trains to the end of the second epoch; the state."""
+  progress = logs.Progress(1, done=0, primary=False)
+  while trainer.step < 2 * trainer.sizes.steps:
+    trainer.train_epoch(progress)
+  trainer.close()
+  return toy.to_host(trainer.engine.first(trainer.state))
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
+  expected = finish(start(tmp_path / "whole"))
+  stopped = start(tmp_path / "stopped")
+  progress = logs.Progress(1, done=0, primary=False)
+  stopped.stop_asked = True
+  with pytest.raises(command.Stopped, match="step 4;"):  # after a chunk
+    stopped.train_epoch(progress)
+  stopped.close()
+  resumed = start(tmp_path / "stopped")
+  assert resumed.step == 4
+  assert resumed.manifest.values["redone_steps"] == 0
+  assert_bits(finish(resumed), expected)

@@ -1,0 +1,257 @@
+"""The step and its chunks: schedule, golden values, failure, learning."""
+
+import types
+
+from hypothesis import given
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from mmm_jax import command, logs, sampling, train, update
+
+# Loss of the first two steps; the second depends on every gradient.
+GOLDEN = {
+  "con": [2.19113, 1.88179],
+  "cat": [2.16399, 1.68924],
+  "net": [4.44528, 3.77651],
+  "pmf": [1.4452, 1.11772],
+  "full": [5.91935, 5.11516],
+  "paper": [578.502, 560.78],
+  "fair": [4.64718, 3.66626],
+  "cat-bce": [2.51794, 2.18979],
+  "cat-bpr": [2.52696, 2.23237],
+  "cat-softmax": [5.80363, 5.063],
+}
+
+
+def golden_session(variant):
+  """Steps from random parameters with a made-up clustering."""
+  name, _, loss = variant.partition("-")
+  loss = loss or "squared"
+  config = toy.get_config(name, interaction_loss=loss)
+  config.losses[loss].learning_rate = 0.1  # a wrong gradient is to be seen
+  for kind in config.weights:
+    if kind != "overrides":
+      config.weights[kind] = 0.5  # so that each term is seen in the sum
+  run = toy.make_run(config, toy.random_data(40, 60))
+  session = toy.Session(run)
+  if config.num_categories:
+    assignment = np.arange(60) % config.num_categories
+    centroids = np.linspace(-1, 1, config.num_categories * 8).reshape(-1, 8)
+    session.state = toy.with_categories(session.state, assignment, centroids)
+  return session
+
+
+@pytest.mark.parametrize(
+  "variant",
+  [
+    "con",
+    "cat",
+    "net",
+    "pmf",
+    "full",
+    "paper",
+    "fair",
+    "cat-bce",
+    "cat-bpr",
+    "cat-softmax",
+  ],
+)
+def test_golden_first_steps(variant):
+  found = golden_session(variant).train(2)["loss"]
+  np.testing.assert_allclose(
+    found,
+    GOLDEN[variant],
+    rtol=1e-4,
+    err_msg=(
+      f"The first steps of `{variant}` have changed. If you did not mean to"
+      " change the model, the loss, the draws or the start, this is a bug. If"
+      " you did, say so in the commit, check that the other tests of"
+      f" test_mmm.py hold, and write {[float(x) for x in found]} into GOLDEN."
+    ),
+  )
+
+
+# --- learning rate ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("staircase", "step", "factor"),
+  [
+    (False, 0, 1.0),
+    (False, 1000, 0.95),
+    (False, 2500, 0.95**2.5),
+    (True, 2500, 0.95**2),
+    (True, 999, 1.0),
+  ],
+)
+def test_learning_rate_decays_from_the_rate_of_the_loss(
+  staircase, step, factor
+):
+  config = toy.get_config(
+    "pmf",
+    interaction_loss="bpr",
+    losses__bpr__learning_rate=0.02,
+    schedule__staircase=staircase,
+  )
+  found = update.learning_rate(config, jnp.int32(step))
+  np.testing.assert_allclose(found, 0.02 * factor, rtol=1e-6)
+
+
+def test_the_decay_applies_to_rows_and_dense_parameters():
+  # 0 ** 0 = 1 in the first step, 0 ** 1 = 0 in the second.
+  config = toy.get_config(
+    "cat", schedule__decay_rate=0.0, schedule__decay_steps=1
+  )
+  session = toy.Session(toy.make_run(config, toy.random_data(40, 60)))
+  session.state = toy.with_categories(
+    session.state, np.zeros(60), np.ones((3, 8))
+  )
+  leaves = lambda state: [
+    state.params["category_vectors"],
+    state.tables["user"].rows,
+    state.tables["item"].rows,
+  ]
+  states = [leaves(session.state)]
+  for _ in range(2):
+    session.train(1)
+    states.append(leaves(session.state))
+  for before, first, second in zip(*states):
+    assert (before != first).any()
+    assert (first == second).all()
+
+
+def test_encoder_decay_spares_the_category_vectors():
+  config = toy.get_config(
+    remedies__encoder_decay=0.1, losses__squared__learning_rate=0.5
+  )
+  params = {"category_vectors": jnp.ones(2), "map_text": jnp.ones(2)}
+  rule = update.dense_optimizer(config)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  moves, _ = rule.update(zeros, rule.init(params), params)
+  assert (moves["category_vectors"] == 0).all()
+  np.testing.assert_allclose(moves["map_text"], -0.5 * 0.1, rtol=1e-6)
+
+
+# --- chunks ----------------------------------------------------------------
+
+
+@given(st.integers(1, 200), st.integers(1, 60), st.data())
+def test_chunks_cover_the_rest_of_an_epoch(steps, every_steps, data):
+  trainer = types.SimpleNamespace(
+    sizes=types.SimpleNamespace(steps=steps),
+    config=types.SimpleNamespace(
+      log=types.SimpleNamespace(every_steps=every_steps)
+    ),
+  )
+  ahead = lambda at: train.Trainer._chunks_ahead(trainer, at)
+  whole = ahead(0)
+  assert sum(whole) == steps
+  assert set(whole[:-1]) <= {min(every_steps, steps)}
+  assert 1 <= whole[-1] <= every_steps
+  # Resumed after any chunk, the same chunks follow.
+  done = data.draw(st.integers(0, len(whole)))
+  assert ahead(sum(whole[:done])) == whole[done:]
+
+
+def test_the_length_of_a_chunk_changes_nothing():
+  states, losses = [], []
+  for chunk in (50, 4):
+    config = toy.get_config("pmf", log__every_steps=chunk)
+    session = toy.Session(toy.make_run(config, toy.random_data(40, 60)))
+    losses.append(session.train_epochs(2)["loss"])
+    states.append(session.state)
+  assert len(losses[0]) == 2 * session.run.sizes.steps == states[0].step
+  assert (losses[0] == losses[1]).all()
+  same = jax.tree.map(lambda x, y: bool((x == y).all()), *states)
+  assert all(jax.tree.leaves(same))
+
+
+# --- failure ---------------------------------------------------------------
+
+
+def test_first_non_finite_names_place_and_term():
+  good = np.ones(4)
+  assert update.first_non_finite({"loss": good, "user": good}) is None
+  late, early = good.copy(), good.copy()
+  late[3], early[1] = np.inf, np.nan
+  values = {"loss": early, "user": late, "item": early}
+  # The term that is to blame, not the sum that it spoils.
+  assert update.first_non_finite(values) == (1, "item")
+  assert update.first_non_finite({"loss": late}) == (3, "loss")
+
+
+def test_a_non_finite_term_stops_the_run_with_step_term_and_checkpoint(
+  tmp_path,
+):
+  config = toy.get_config("pmf")
+  data = toy.random_data(40, 60)
+  user = data.user[0]  # whose vector is spoilt
+  run = toy.make_run(config, data)
+  drawn = toy.draw_epoch(run)
+  first = 1 + next(i for i, b in enumerate(drawn) if user in b["user"])
+  trainer = train.Trainer(run, tmp_path, toy.make_engine())
+  trainer.start()
+  trainer.save()
+  state = toy.to_host(trainer.engine.first(trainer.state))
+  packed = state.tables["user"].packed
+  packed[user] = np.nan
+  trainer.state = trainer.engine.replicate(state)
+  progress = logs.Progress(1, done=0, primary=False)
+  with pytest.raises(command.NonFiniteError) as caught:
+    trainer.train_epoch(progress)
+  trainer.close()
+  message = str(caught.value)
+  assert f"in step {first};" in message
+  assert message.startswith(("interaction became nan", "user became nan"))
+  assert "last good checkpoint: step 0" in message
+
+
+# --- learning --------------------------------------------------------------
+
+
+def test_overfits_two_hundred_users():
+  data = toy.random_data(200, 400, per_user=10)
+  config = toy.get_config(
+    "pmf",
+    interaction_loss="softmax",
+    model__dim=32,
+    batch_size=256,
+    losses__softmax__learning_rate=0.02,
+    losses__softmax__shared_negatives=200,
+    tables__init_scale=0.1,
+    weights__user=0.0,
+    weights__item=0.0,
+  )
+  run = toy.make_run(config, data)
+  session = toy.Session(run)
+  session.train_epochs(80)
+  tables = {name: t.rows for name, t in session.state.tables.items()}
+  unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+  scores = unit(tables["user"]) @ unit(tables["item"]).T
+  top = np.argsort(-scores, axis=1)[:, :10]
+  recall = [
+    np.isin(own, top[user]).mean()
+    for user in range(200)
+    if len(own := data.item[data.user == user])
+  ]
+  assert max(np.bincount(data.user)) <= 10
+  assert np.mean(recall) > 0.9
+
+
+def test_an_epoch_touches_every_user_and_item_row_that_trains():
+  config = toy.get_config("pmf", normalisation="mean")
+  data = toy.random_data(40, 60)
+  session = toy.Session(toy.make_run(config, data))
+  before = session.state
+  session.train_epochs(1)
+  moved = {
+    name: (table.rows != before.tables[name].rows).any(1)
+    for name, table in session.state.tables.items()
+  }
+  assert moved["user"][np.unique(data.user)].all()
+  assert moved["item"][np.unique(data.item)].all()
+  assert sampling.PAD not in data.user
