@@ -1,0 +1,314 @@
+"""Sweeps of runs, recorded cell by cell, and the tables that they give.
+
+python -m mmm_jax.experiments run --sweep=NAME [--list] [--cell=N]
+    [--workdir=DIR] [--manual_dir=microlens=DIR,tiktok=DIR]
+python -m mmm_jax.experiments table --sweep=NAME [--format=markdown|latex|csv]
+    [--into=FILE.md]
+
+To be run from the repository's root. A cell is a normal run of
+`mmm_jax.main` in its own folder; a finished one leaves its record in
+tests/results/<sweep>/, and `table` needs nothing else.
+"""
+
+import hashlib
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+from absl import flags
+import numpy as np
+from pyarrow import parquet
+
+from mmm_jax import command, errors, files, tabulate
+from mmm_jax.datasets import base, splits
+
+_CONFIGS = pathlib.Path("configs")
+_RESULTS = pathlib.Path("tests/results")
+_PATHS = ("dataset.data_dir", "dataset.manual_dir", "split.path")
+_METRIC = "ndcg@20"  # kept for every user
+
+_SWEEP = flags.DEFINE_string("sweep", None, "A sweep of configs/sweeps.py.")
+_LIST = flags.DEFINE_boolean("list", False, "Only print the cells.")
+_CELL = flags.DEFINE_integer("cell", None, "Only this cell.", lower_bound=0)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "runs/sweeps", "Folder in which the cells have theirs."
+)
+_MANUAL_DIR = flags.DEFINE_list(
+  "manual_dir", [], "Raw files of real sets: NAME=DIR, between commas."
+)
+_FORMAT = flags.DEFINE_enum(
+  "format", "markdown", list(tabulate.FORMATS), "Of the table."
+)
+_INTO = flags.DEFINE_string(
+  "into", None, "Markdown file whose block of this sweep is replaced."
+)
+
+
+class Cell(NamedTuple):
+  """One run of a sweep."""
+
+  number: int
+  model: str  # a file of configs/, and its variants behind a colon
+  dataset: str
+  seed: int
+  changes: dict[str, Any]  # {dotted key of the config: value}
+
+  @property
+  def line(self) -> str:
+    return f"{self.number} {self.model} {self.dataset} {self.seed}"
+
+
+def main(argv):
+  actions = {"run": _run, "table": _table}
+  if len(argv) != 2 or argv[1] not in actions:
+    raise errors.InputError(
+      f"found {' '.join(argv[1:]) or 'nothing'!r}, wanted one of"
+      f" {', '.join(actions)}; see --help"
+    )
+  if _SWEEP.value is None:
+    raise errors.InputError("--sweep is missing; see --help")
+  actions[argv[1]]()
+
+
+def read_cells(sweep: str) -> list[Cell]:
+  """The cells of a sweep in `configs/sweeps.py`.
+
+  Raises:
+    errors.InputError: there is no such sweep.
+  """
+  sweeps = _load("sweeps").SWEEPS
+  if sweep not in sweeps:
+    raise errors.InputError(
+      f"--sweep: found {sweep!r}, wanted one of {', '.join(sweeps)}"
+    )
+  return [Cell(n, **cell) for n, cell in enumerate(sweeps[sweep]())]
+
+
+def _load(name):
+  path = _CONFIGS / f"{name}.py"
+  if not path.exists():
+    raise errors.InputError(
+      f"{path.absolute()} is not there; run this from the repository's root"
+    )
+  spec = importlib.util.spec_from_file_location(f"mmm_jax_{name}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def read_config(cell: Cell):
+  """The config of a cell, as its command will have it."""
+  name, _, variants = cell.model.partition(":")
+  config = _load(name).get_config(variants)
+  config.update_from_flattened_dict(
+    {"dataset.name": cell.dataset, "seed": cell.seed, **cell.changes}
+  )
+  return config
+
+
+def hash_config(config) -> str:
+  """SHA-256 of the values of a run, without where its files lie."""
+  config = config.copy_and_resolve_references()
+  for path in _PATHS:
+    config.update_from_flattened_dict({path: ""})
+  text = json.dumps(json.loads(config.to_json()), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- running -----------------------------------------------------------------
+
+
+def _run():
+  cells = read_cells(_SWEEP.value)
+  if _LIST.value:
+    print("\n".join(cell.line for cell in cells))
+    return
+  chosen = [c for c in cells if _CELL.value in (None, c.number)]
+  if not chosen:
+    raise errors.InputError(
+      f"--cell: found {_CELL.value}, wanted 0 to {len(cells) - 1}"
+    )
+  manual_dirs = _manual_dirs()
+  for cell in chosen:
+    config = read_config(cell)
+    config.dataset.manual_dir = manual_dirs.get(cell.dataset, "")
+    if _is_recorded(cell, config):
+      print(f"{cell.line}: recorded already", file=sys.stderr)
+      continue
+    print(cell.line, file=sys.stderr)
+    workdir = pathlib.Path(_WORKDIR.value, _SWEEP.value, str(cell.number))
+    _train(cell, config, workdir)
+    _record(cell, config, workdir)
+
+
+def _manual_dirs() -> dict[str, str]:
+  pairs = [text.partition("=") for text in _MANUAL_DIR.value]
+  for name, equals, folder in pairs:
+    if not (equals and folder and name in base.SETS):
+      raise errors.InputError(
+        f"--manual_dir: found {name + equals + folder!r}, wanted NAME=DIR with"
+        f" a name of {', '.join(base.SETS)}"
+      )
+  return {name: folder for name, _, folder in pairs}
+
+
+def _record_path(sweep, number) -> pathlib.Path:
+  return _RESULTS / sweep / f"{number}.json"
+
+
+def _is_recorded(cell, config) -> bool:
+  """Whether a record is there, of the same config, data and split."""
+  path = _record_path(_SWEEP.value, cell.number)
+  if not path.exists():
+    return False
+  record = json.loads(path.read_text())
+  if record["hashes"]["config"] != hash_config(config):
+    return False
+  dataset = base.load(config.dataset, config.split)
+  split = splits.make(dataset, config.split)
+  now = {"data": dataset.fingerprint, "split": split.fingerprint}
+  return now.items() <= record["hashes"].items()
+
+
+def _train(cell, config, workdir):
+  """Runs the cell's command; a run of another config is an error of it."""
+  name, colon, variants = cell.model.partition(":")
+  changes = {
+    "dataset.name": cell.dataset,
+    "dataset.manual_dir": config.dataset.manual_dir,
+    "seed": cell.seed,
+    **cell.changes,
+  }
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "mmm_jax.main",
+      f"--config={_CONFIGS}/{name}.py{colon}{variants}",
+      *(f"--config.{key}={value}" for key, value in changes.items()),
+      f"--workdir={workdir}",
+    ],
+    stdout=subprocess.DEVNULL,
+  )
+  if done.returncode == command.STOPPED:
+    raise command.Stopped(f"stopped in {cell.line}; the same command continues")
+  if done.returncode:
+    raise errors.InputError(
+      f"{cell.line}: its run in {workdir} ended with {done.returncode}; the"
+      " message above says why"
+    )
+
+
+def _record(cell, config, workdir):
+  """Writes tests/results/<sweep>/<cell>.json and, beside it, .npy."""
+  result = json.loads((workdir / "result.json").read_text())
+  manifest = json.loads((workdir / "manifest.json").read_text())
+  path = _record_path(_SWEEP.value, cell.number)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with files.atomic(path.with_suffix(".npy")) as file:
+    np.save(file, read_per_user(workdir))
+  candidates = result.pop("candidates")
+  strata = result.pop("strata")
+  values = {
+    **cell._asdict(),
+    "metrics": result,
+    "strata": {"full": strata.get("full", {})},
+    "hashes": {
+      "config": hash_config(config),
+      "data": manifest["data"],
+      "split": manifest["split"],
+      "candidates": candidates,
+    },
+    "revision": manifest["git_revision"],
+    "device": manifest["device"]["kind"],
+    "seconds": manifest["wall_s"],
+    "peak_memory_mb": manifest["peak_memory_mb"],
+    **_progress(workdir, config),
+  }
+  files.write_json(path, values)
+
+
+def read_per_user(workdir: pathlib.Path) -> np.ndarray:
+  """Test nDCG@20 of `full` of every user with a test item, float16 [U].
+
+  In the order of the split's users; there are no ids in it.
+  """
+  table = parquet.read_table(
+    workdir / "per_user.parquet",
+    columns=[_METRIC],
+    filters=[("protocol", "=", "full"), ("part", "=", "test")],
+  )
+  return table[_METRIC].to_numpy().astype(np.float16)
+
+
+def _progress(workdir, config) -> dict:
+  """Epochs that were trained, the best one, and what ended the run."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  key = f"valid/{_METRIC}"
+  validated = [(row[key], -row["epoch"]) for row in rows if key in row]
+  epochs = round(rows[-1]["epoch"])
+  return {
+    "epochs": epochs,
+    "best_epoch": round(-max(validated)[1]) if validated else epochs,
+    "ended_by": "patience" if epochs < config.epochs else "epochs",
+  }
+
+
+# --- tables ------------------------------------------------------------------
+
+
+def _table():
+  records = read_records(_SWEEP.value)
+  text = tabulate.FORMATS[_FORMAT.value](tabulate.rows(records))
+  if _INTO.value is None:
+    print(text)
+  else:
+    _replace_block(pathlib.Path(_INTO.value), _SWEEP.value, text)
+
+
+def read_records(sweep: str) -> list[dict]:
+  """The records of all cells; under `per_user` the values of their users.
+
+  Raises:
+    errors.InputError: a cell has none, or it is of another config.
+  """
+  records = []
+  for cell in read_cells(sweep):
+    path = _record_path(sweep, cell.number)
+    if not path.exists():
+      raise errors.InputError(
+        f"{path} is not there: cell {cell.line!r} has not been run; run it with"
+        f" python -m mmm_jax.experiments run --sweep={sweep}"
+        f" --cell={cell.number}"
+      )
+    record = json.loads(path.read_text())
+    if record["hashes"]["config"] != hash_config(read_config(cell)):
+      raise errors.InputError(
+        f"{path} is of another config than cell {cell.line!r} has now; run it"
+        " again"
+      )
+    record["per_user"] = np.load(path.with_suffix(".npy"), allow_pickle=False)
+    records.append(record)
+  return records
+
+
+def _replace_block(path, sweep, text):
+  """Puts the table between <!-- table: SWEEP --> and <!-- end -->."""
+  head, tail = f"<!-- table: {sweep} -->\n", "<!-- end -->"
+  old = path.read_text()
+  before, found, rest = old.partition(head)
+  _, ended, after = rest.partition(tail)
+  if not (found and ended):
+    raise errors.InputError(
+      f"{path} has no block from {head.strip()!r} to {tail!r}"
+    )
+  with files.atomic(path) as file:
+    file.write(f"{before}{head}\n{text}\n\n{tail}{after}".encode())
+
+
+if __name__ == "__main__":
+  command.run(main)

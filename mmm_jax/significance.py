@@ -1,0 +1,75 @@
+"""Intervals and paired tests over per-user values. Host arrays, float64.
+
+Shapes: R runs (seeds) of one model, U users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+SAMPLES = 2000
+_LEAST_SEEDS = 3  # fewer say nothing of the spread between seeds
+
+
+def interval(values: np.ndarray, *, seed: int) -> tuple[float, float]:
+  """95 % bootstrap interval of the mean of values [R, U].
+
+  Users are drawn with replacement; runs too, where there are three or more.
+  """
+  rng = np.random.default_rng(seed)
+  means = [_draw(rng, values).mean() for _ in range(SAMPLES)]
+  low, high = np.quantile(means, [0.025, 0.975])
+  return float(low), float(high)
+
+
+def _draw(rng, values):
+  num_runs, num_users = values.shape
+  if num_runs >= _LEAST_SEEDS:
+    values = values[rng.integers(num_runs, size=num_runs)]
+  # The mean over runs first: a user brings the values of all runs along.
+  return values.mean(0)[rng.integers(num_users, size=num_users)]
+
+
+def wilcoxon(one: np.ndarray, other: np.ndarray) -> float:
+  """Two-sided p of Wilcoxon's signed-rank test on paired values [U].
+
+  Pairs without a difference share their ranks between the signs (Pratt), as
+  most users of a sparse set find nothing in either list.
+  """
+  difference = one - other
+  if not difference.any():
+    return 1.0
+  return float(
+    stats.wilcoxon(difference, zero_method="pratt", method="asymptotic").pvalue
+  )
+
+
+def bootstrap(one: np.ndarray, other: np.ndarray, *, seed: int) -> float:
+  """Two-sided p of the mean difference of paired values [U].
+
+  Twice the smaller share of resampled means on one side of zero, never below
+  the resolution of the draws.
+  """
+  rng = np.random.default_rng(seed)
+  difference = (one - other)[None]
+  means = np.array([_draw(rng, difference).mean() for _ in range(SAMPLES)])
+  beyond = min((means <= 0).sum(), (means >= 0).sum()) + 1
+  return float(min(1.0, 2 * beyond / (SAMPLES + 1)))
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+  """p-values adjusted for all comparisons of a family (Holm, 1979).
+
+  The k-th smallest of m is multiplied by m - k + 1, and none may come out
+  below one that was smaller.
+  """
+  p_values = np.asarray(p_values, float)
+  order = np.argsort(p_values, kind="stable")
+  factors = len(p_values) - np.arange(len(p_values))
+  adjusted = np.maximum.accumulate(p_values[order] * factors)
+  result = np.empty_like(adjusted)
+  result[order] = np.minimum(adjusted, 1.0)
+  return result

@@ -1,0 +1,178 @@
+"""Tables of recorded runs: means, intervals, paired tests.
+
+A row is a model on a data set, over its seeds. Each is compared with the first
+model of its set, and the p-values of a set are adjusted together (Holm).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import numpy as np
+
+from mmm_jax import errors, significance
+
+_SEED = 0  # of the resampling
+_HEADS = {
+  "dataset": "set",
+  "model": "model",
+  "seeds": "seeds",
+  "valid": "valid nDCG@20",
+  "test": "test nDCG@20",
+  "interval": "95 % interval",
+  "recall": "test recall@20",
+  "pooled": "pooled_1024 nDCG@20",
+  "wilcoxon": "p (Wilcoxon)",
+  "bootstrap": "p (bootstrap)",
+  "epochs": "epochs (best)",
+  "minutes": "minutes",
+  "memory": "peak GB",
+}
+
+
+def rows(records: list[dict]) -> list[dict[str, str]]:
+  """Cells of the table, as text: one dictionary with the keys of _HEADS a row.
+
+  Args:
+    records: as `experiments.read_records` gives them, in the sweep's order.
+
+  Raises:
+    errors.InputError: runs on one set saw other data, splits or candidates.
+  """
+  groups = {}
+  for record in records:
+    sets = groups.setdefault(record["dataset"], {})
+    sets.setdefault(record["model"], []).append(record)
+  table = []
+  for models in groups.values():
+    table += _set_rows(models)
+  return table
+
+
+def _set_rows(models):
+  _, reference = next(iter(models.items()))
+  others = {
+    name: runs for name, runs in models.items()
+    if _comparable(runs, reference) and runs is not reference
+  }  # fmt: skip
+  mean = lambda runs: _values(runs).mean(0)
+  paired = [(mean(runs), mean(reference)) for runs in others.values()]
+  tests = {
+    "wilcoxon": [significance.wilcoxon(*pair) for pair in paired],
+    "bootstrap": [
+      significance.bootstrap(*pair, seed=_SEED) for pair in paired
+    ],
+  }
+  adjusted = {
+    test: dict(zip(others, significance.holm(found)))
+    for test, found in tests.items()
+  }
+  return [
+    _row(runs)
+    | {test: _p(found.get(name)) for test, found in adjusted.items()}
+    for name, runs in models.items()
+  ]
+
+
+def _comparable(runs, reference):
+  """Runs on the same test users and items; another split is its own table.
+
+  The same split with other candidates would be a fault of the evaluation.
+  """
+  seen = lambda runs: {
+    (run["hashes"]["data"], run["hashes"]["split"]) for run in runs
+  }
+  if len(seen(runs)) > 1:
+    raise errors.InputError(
+      f"cells {[run['number'] for run in runs]} of {runs[0]['model']} on"
+      f" {runs[0]['dataset']} have different data or splits; run them again"
+    )
+  if seen(runs) != seen(reference):
+    return False
+  for run in runs:
+    theirs, ours = run["hashes"], reference[0]["hashes"]
+    if theirs["candidates"] != ours["candidates"]:
+      raise errors.InputError(
+        f"cells {run['number']} and {reference[0]['number']} have one split and"
+        " different candidate lists; run them again"
+      )
+  return True
+
+
+def _values(runs) -> np.ndarray:
+  return np.stack([run["per_user"] for run in runs]).astype(np.float64)
+
+
+def _row(runs) -> dict[str, str]:
+  first = runs[0]
+  low, high = significance.interval(_values(runs), seed=_SEED)
+  minutes = np.mean([run["seconds"]["total"] for run in runs]) / 60
+  memory = max(run["peak_memory_mb"] for run in runs) / 1024
+  return {
+    "dataset": first["dataset"],
+    "model": first["model"],
+    "seeds": str(len(runs)),
+    "valid": _metric(runs, "full", "valid", "ndcg@20"),
+    "test": _metric(runs, "full", "test", "ndcg@20"),
+    "interval": f"{low:.4f}–{high:.4f}",
+    "recall": _metric(runs, "full", "test", "recall@20"),
+    "pooled": _metric(runs, "pooled_1024", "test", "ndcg@20"),
+    "epochs": ", ".join(_epochs(run) for run in runs),
+    "minutes": f"{minutes:.1f}",
+    "memory": f"{memory:.1f}",
+  }
+
+
+def _metric(runs, protocol, part, name):
+  found = [run["metrics"][protocol].get(part, {}).get(name) for run in runs]
+  return "–" if None in found else f"{np.mean(found):.4f}"
+
+
+def _epochs(run):
+  """Trained epochs and the best one; marked if patience did not end it."""
+  mark = "" if run["ended_by"] == "patience" else "*"
+  return f"{run['epochs']}{mark} ({run['best_epoch']})"
+
+
+def _p(value):
+  if value is None:
+    return "–"
+  return "< .001" if value < 0.001 else f"{value:.3f}"
+
+
+def _lines(table):
+  return [[row[key] for key in _HEADS] for row in table]
+
+
+def markdown(table: list[dict[str, str]]) -> str:
+  lines = [list(_HEADS.values()), ["---"] * len(_HEADS), *_lines(table)]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def latex(table: list[dict[str, str]]) -> str:
+  escape = {"_": r"\_", "%": r"\%", "–": "--", "<": "$<$"}
+  clean = lambda text: "".join(escape.get(sign, sign) for sign in text)
+  lines = [list(_HEADS.values()), *_lines(table)]
+  body = [" & ".join(map(clean, line)) + r" \\" for line in lines]
+  body.insert(1, r"\midrule")
+  columns = "l" * len(_HEADS)
+  return "\n".join(
+    [
+      rf"\begin{{tabular}}{{{columns}}}",
+      r"\toprule",
+      *body,
+      r"\bottomrule",
+      r"\end{tabular}",
+    ]
+  )
+
+
+def as_csv(table: list[dict[str, str]]) -> str:
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerows([list(_HEADS.values()), *_lines(table)])
+  return text.getvalue().rstrip("\n")
+
+
+FORMATS = {"markdown": markdown, "latex": latex, "csv": as_csv}
