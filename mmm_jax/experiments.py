@@ -139,9 +139,16 @@ def _run():
       print(f"{cell.line}: recorded already", file=sys.stderr)
       continue
     print(cell.line, file=sys.stderr)
-    workdir = pathlib.Path(_WORKDIR.value, _SWEEP.value, str(cell.number))
+    # A folder for each config: a cell that was changed starts anew.
+    name = f"{cell.number}-{hash_config(config)[:12]}"
+    workdir = pathlib.Path(_WORKDIR.value, _SWEEP.value, name)
     _train(cell, config, workdir)
     _record(cell, config, workdir)
+    if not _is_recorded(cell, config):
+      raise errors.InputError(
+        f"{workdir} holds a finished run on other data than there are now;"
+        " delete it and run again"
+      )
 
 
 def _manual_dirs() -> dict[str, str]:
@@ -174,7 +181,7 @@ def _is_recorded(cell, config) -> bool:
 
 
 def _train(cell, config, workdir):
-  """Runs the cell's command; a run of another config is an error of it."""
+  """Runs the cell's command, to the end of what it may have begun before."""
   name, colon, variants = cell.model.partition(":")
   changes = {
     "dataset.name": cell.dataset,

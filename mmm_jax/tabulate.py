@@ -60,17 +60,14 @@ def _set_rows(models):
   paired = [(mean(runs), mean(reference)) for runs in others.values()]
   tests = {
     "wilcoxon": [significance.wilcoxon(*pair) for pair in paired],
-    "bootstrap": [
-      significance.bootstrap(*pair, seed=_SEED) for pair in paired
-    ],
+    "bootstrap": [significance.bootstrap(*pair, seed=_SEED) for pair in paired],
   }
   adjusted = {
     test: dict(zip(others, significance.holm(found)))
     for test, found in tests.items()
   }
   return [
-    _row(runs)
-    | {test: _p(found.get(name)) for test, found in adjusted.items()}
+    _row(runs) | {test: _p(found.get(name)) for test, found in adjusted.items()}
     for name, runs in models.items()
   ]
 

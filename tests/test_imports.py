@@ -51,19 +51,19 @@ OWN = {name: found & set(MODULES) for name, found in GRAPH.items()}
 # own as long as there is no cycle. A module that stands in no layer is new:
 # decide where it belongs.
 LAYERS = (
-  "main recommend",
+  "main recommend experiments",
   "train workdir",
   "clustering scoring",
   "assemble",
   "validate",
   "update",
-  "evaluate checkpoint logs manifest command",
+  "evaluate checkpoint logs manifest command tabulate",
   "input_pipeline streams features ranking candidates",
   "models.mmm datasets.base datasets.splits datasets.networks datasets.records"
   " datasets.rawfiles datasets.crowds datasets.simulated datasets.microlens"
   " datasets.hetrec_lastfm datasets.tiktok",
   "parallel tables sampling",
-  "losses metrics kmeans models.layers files",
+  "losses metrics kmeans significance models.layers files",
   "errors",
 )
 LEVEL = {

@@ -1,0 +1,242 @@
+"""Sweeps, their records and tables, and the tests of significance in them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import runs
+from scipy import stats
+
+from mmm_jax import errors, experiments, significance, tabulate
+
+# --- significance -------------------------------------------------------------
+
+
+def test_interval_is_the_normal_one_for_many_users():
+  values = np.random.default_rng(0).random((1, 4000))
+  low, high = significance.interval(values, seed=0)
+  error = 1.96 * values.std() / np.sqrt(4000)
+  assert low == pytest.approx(values.mean() - error, abs=error / 5)
+  assert high == pytest.approx(values.mean() + error, abs=error / 5)
+
+
+def test_interval_sees_the_spread_between_three_seeds():
+  values = np.array([[0.0] * 50, [0.5] * 50, [1.0] * 50])  # users are alike
+  assert significance.interval(values, seed=0) == (0, 1)
+  # Of two seeds the spread is not known; the mean of each user stays.
+  assert significance.interval(values[::2], seed=0) == (0.5, 0.5)
+
+
+def test_equal_models_do_not_differ():
+  values = np.random.default_rng(0).random(200)
+  assert significance.wilcoxon(values, values) == 1
+  assert significance.bootstrap(values, values, seed=0) == 1
+
+
+def test_a_shift_is_found_by_both_tests():
+  rng = np.random.default_rng(0)
+  one = rng.random(300)
+  other = one + 0.1 + 0.2 * rng.standard_normal(300)
+  assert significance.wilcoxon(one, other) < 1e-6
+  assert significance.bootstrap(one, other, seed=0) < 0.002
+
+
+def test_bootstrap_is_near_the_t_test():
+  rng = np.random.default_rng(3)
+  one, other = rng.random(500), rng.random(500) + 0.02
+  expected = stats.ttest_rel(one, other).pvalue
+  assert 0.01 < expected < 0.9
+  found = significance.bootstrap(one, other, seed=0)
+  assert found == pytest.approx(expected, abs=0.05)
+
+
+def test_p_values_are_uniform_where_nothing_differs():
+  rng = np.random.default_rng(0)
+  pairs = [(rng.random(60), rng.random(60)) for _ in range(200)]
+  found = [significance.wilcoxon(*pair) for pair in pairs]
+  assert stats.kstest(found, "uniform").pvalue > 0.01
+
+
+def test_holm_by_arithmetic():
+  # Sorted .01, .03, .04: times 3, 2, 1 gives .03, .06, .04; never falling.
+  found = significance.holm([0.04, 0.01, 0.03])
+  np.testing.assert_allclose(found, [0.06, 0.03, 0.06])
+  np.testing.assert_allclose(significance.holm([0.6, 0.7]), [1, 1])
+  assert significance.holm([]).shape == (0,)
+
+
+# --- tables -------------------------------------------------------------------
+
+
+def record(number, model, per_user, *, seed=0, split="s", candidates="c"):
+  mean = float(np.mean(per_user))
+  metrics = {"ndcg@20": mean, "recall@20": 2 * mean}
+  return {
+    "number": number,
+    "model": model,
+    "dataset": "simulated",
+    "seed": seed,
+    "per_user": np.asarray(per_user, np.float16),
+    "metrics": {
+      "full": {"valid": {"ndcg@20": 0.5}, "test": metrics},
+      "pooled_1024": {"test": {"ndcg@20": 0.75}},
+    },
+    "hashes": {"data": "d", "split": split, "candidates": candidates},
+    "seconds": {"total": 90.0},
+    "peak_memory_mb": 2048.0,
+    "epochs": 60,
+    "best_epoch": 55,
+    "ended_by": "epochs",
+  }
+
+
+def test_rows_of_a_table():
+  better = np.tile([0.25, 0.5], 100)
+  table = tabulate.rows(
+    [
+      record(0, "mmm:full", better + 0.125),
+      record(1, "mmm:pmf", better, seed=0),
+      record(2, "mmm:pmf", better + 0.0625, seed=1),
+      record(3, "mmm:paper", better, split="another"),
+    ]
+  )
+  full, pmf, paper = table
+  assert full["test"] == f"{0.375 + 0.125:.4f}"
+  assert pmf["test"] == f"{0.375 + 0.03125:.4f}"
+  assert (full["valid"], full["pooled"]) == ("0.5000", "0.7500")
+  assert (full["seeds"], pmf["seeds"]) == ("1", "2")
+  assert full["minutes"], full["memory"] == ("1.5", "2.0")
+  assert pmf["epochs"] == "60* (55), 60* (55)"  # not ended by patience
+  assert full["wilcoxon"] == "–"  # the reference
+  assert pmf["wilcoxon"] == pmf["bootstrap"] == "< .001"
+  assert paper["wilcoxon"] == "–"  # other users' values cannot be paired
+
+
+def test_one_split_with_other_candidates_is_an_error():
+  records = [record(0, "a", [0, 1]), record(1, "b", [0, 1], candidates="x")]
+  with pytest.raises(errors.InputError, match="different candidate lists"):
+    tabulate.rows(records)
+
+
+def test_seeds_of_a_model_share_data_and_split():
+  records = [record(0, "a", [0, 1]), record(1, "a", [0, 1], split="x", seed=1)]
+  with pytest.raises(errors.InputError, match="different data or splits"):
+    tabulate.rows(records)
+
+
+def test_formats_hold_the_same_cells():
+  table = tabulate.rows(
+    [record(0, "mmm:full", [0.5, 1]), record(1, "mmm:pmf", [0.25, 0.5])]
+  )
+  markdown = tabulate.markdown(table).splitlines()
+  cells = [
+    [cell.strip() for cell in line[1:-1].split("|")] for line in markdown
+  ]
+  lines = tabulate.as_csv(table).splitlines()
+  assert len(lines) == len(cells) - 1 == 3  # CSV has no rule below the head
+  assert lines[1].split(",")[:4] == cells[2][:4]
+  latex = tabulate.latex(table)
+  assert r"pooled\_1024" in latex and r"95 \% interval" in latex
+  assert latex.count(r"\\") == 3
+
+
+# --- the command --------------------------------------------------------------
+
+SWEEP = """
+def short():
+  yield {{"model": "mmm:tiny,pmf", "dataset": "simulated", "seed": {seed},
+          "changes": {{"epochs": 2, "eval.every_epochs": 1,
+                       "dataset.data_dir": {folder!r}}}}}
+
+SWEEPS = {{"short": short}}
+"""
+
+
+def write_sweep(folder, *, seed):
+  text = SWEEP.format(seed=seed, folder=str(runs.data_dir()))
+  (folder / "configs" / "sweeps.py").write_text(text)
+
+
+@pytest.fixture
+def root(tmp_path):
+  """A repository with a sweep of one short cell."""
+  shutil.copytree(runs.ROOT / "configs", tmp_path / "configs")
+  write_sweep(tmp_path, seed=5)
+  return tmp_path
+
+
+def call(root, *arguments):
+  return runs.run("mmm_jax.experiments", *arguments, "--sweep=short", cwd=root)
+
+
+def test_a_cell_is_run_once_recorded_and_tabled(root):
+  assert call(root, "run", "--list").out == "0 mmm:tiny,pmf simulated 5\n"
+  missing = call(root, "table")
+  assert missing.code == 2
+  assert "run --sweep=short --cell=0" in missing.err
+  done = call(root, "run")
+  assert done.code == 0, done.err
+  folder = root / "tests" / "results" / "short"
+  found = json.loads((folder / "0.json").read_text())
+  (workdir,) = (root / "runs" / "sweeps" / "short").iterdir()
+  result = json.loads((workdir / "result.json").read_text())
+  assert found["metrics"]["full"] == result["full"]
+  assert found["hashes"]["candidates"] == result["candidates"]
+  assert found["epochs"] == 2 and found["ended_by"] == "epochs"
+  # The values of the users, without their ids, average to the metric.
+  values = np.load(folder / "0.npy")
+  assert values.dtype == np.float16
+  mean = result["full"]["test"]["ndcg@20"]
+  assert values.mean(dtype=float) == pytest.approx(mean, abs=1e-4)
+
+  again = call(root, "run")
+  assert again.code == 0 and "recorded already" in again.err
+  readme = root / "README.md"
+  readme.write_text("a\n<!-- table: short -->\nold\n<!-- end -->\nb\n")
+  assert call(root, "table", "--into=README.md").code == 0
+  table = call(root, "table").out
+  assert f"{mean:.4f}" in table
+  assert table in readme.read_text() and "old" not in readme.read_text()
+
+  # Another config: the record no longer stands for the cell.
+  write_sweep(root, seed=6)
+  stale = call(root, "table")
+  assert stale.code == 2 and "another config" in stale.err
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["run", "--sweep=shrt"], "'shrt', wanted one of short"),
+    (["walk"], "'walk', wanted one of run, table"),
+    (["run", "--cell=1"], "wanted 0 to 0"),
+    (["run", "--manual_dir=nowhere"], "NAME=DIR"),
+    (["table", "--into=missing.md", "--format=word"], "format"),
+  ],
+)
+def test_wrong_arguments_are_one_message(root, arguments, words):
+  if "--sweep=shrt" not in arguments:
+    arguments = [*arguments, "--sweep=short"]
+  done = runs.run("mmm_jax.experiments", *arguments, cwd=root)
+  assert done.code == 2
+  assert words in done.err and "Traceback" not in done.err
+
+
+def test_outside_of_the_repository_it_says_so(tmp_path):
+  done = call(tmp_path, "run", "--list")
+  assert done.code == 2 and "repository's root" in done.err
+
+
+# --- what is committed --------------------------------------------------------
+
+
+def test_the_readme_has_the_tables_of_the_records(monkeypatch):
+  monkeypatch.chdir(runs.ROOT)
+  readme = (runs.ROOT / "README.md").read_text()
+  blocks = readme.split("<!-- table: ")[1:]
+  assert blocks
+  for block in blocks:
+    sweep, _, rest = block.partition(" -->")
+    table = tabulate.markdown(tabulate.rows(experiments.read_records(sweep)))
+    assert rest.partition("<!-- end -->")[0].strip() == table
