@@ -33,11 +33,20 @@ class Run(NamedTuple):
   sizes: streams.Sizes
   module: Any  # the Python module of the model
   model: Any  # the Flax module
+  weights: dict[str, float]  # of the model's terms
   content: input_pipeline.ItemContent
   shards: streams.Shards
   shared: streams.Shared
   words: np.ndarray | None  # [V, e] starting word vectors
   facts: dict[str, float]  # found at the start, for the log
+
+
+class Text(NamedTuple):
+  """What a run reads of its items' texts; nothing where it reads none."""
+
+  tokens: np.ndarray | None = None  # [N, L]
+  words: np.ndarray | None = None  # [V, e]
+  facts: dict[str, float] = {}
 
 
 def assemble(config) -> Run:
@@ -48,14 +57,31 @@ def assemble(config) -> Run:
   """
   dataset = base.load(config.dataset, config.split)
   split = splits.make(dataset, config.split)
-  _LOG.info("%s", base.statistics_line(dataset))
+  _LOG.info("%s; %s", base.statistics_line(dataset), split.line)
+  sources = streams.choose_sources(dataset, config)
+  return build(
+    config, dataset, split, _read_text(dataset, split, sources, config)
+  )
+
+
+def build(config, dataset, split, text: Text) -> Run:
+  """The run of a data set that is loaded, split and read.
+
+  Raises:
+    errors.InputError: the config asks for what the set does not have.
+  """
   sizes = streams.measure(dataset, split, config)
   validate.check_categories(config, sizes.num_items)
   sources = streams.choose_sources(dataset, config)
   networks, facts = streams.choose_networks(dataset, split, config)
-  tokens, words, text_facts = _read_text(dataset, split, sources, config)
   shards, shared = streams.build(dataset, split, networks, sources, config)
+  if text.tokens is not None:
+    # A text without a word says as little as none.
+    has_words = (text.tokens != features.PADDING).any(1)
+    present = shared.present | {"text": shared.present["text"] & has_words}
+    shared = shared._replace(present=present)
   module = importlib.import_module(f"mmm_jax.models.{config.model.name}")
+  model = module.create(config, sources, tuple(networks))
   return Run(
     config=config,
     dataset=dataset,
@@ -65,24 +91,24 @@ def assemble(config) -> Run:
     ),
     sizes=sizes,
     module=module,
-    model=module.create(config, sources, tuple(networks)),
+    model=model,
+    weights=module.term_weights(model, config),
     content=input_pipeline.ItemContent(
       item_source=dataset.item_source,
       records=dataset.records,
       vectors={n: d for n, d in dataset.vectors.items() if n in sources},
-      tokens=tokens,
+      tokens=text.tokens,
     ),
     shards=shards,
     shared=shared,
-    words=words,
-    facts=facts | text_facts,
+    words=text.words,
+    facts=facts | text.facts,
   )
 
 
-def _read_text(dataset, split, sources, config):
-  """Tokens [N, L], word vectors [V, e] (or Nones) and their coverage."""
+def _read_text(dataset, split, sources, config) -> Text:
   if "text" not in sources:
-    return None, None, {}
+    return Text()
   texts = features.item_texts(dataset, split)
   trained = np.unique(dataset.item[split.part == splits.TRAIN])
   vocabulary = features.build_vocabulary(texts[trained])
@@ -95,7 +121,7 @@ def _read_text(dataset, split, sources, config):
   )
   if config.text.glove != "none":
     _LOG.info("GloVe covers %.1f %% of the words", 100 * coverage)
-  return tokens, words, {"word_coverage": coverage}
+  return Text(tokens, words, {"word_coverage": coverage})
 
 
 def initial_state(run: Run) -> update.TrainState:

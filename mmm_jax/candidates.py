@@ -23,6 +23,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from mmm_jax import sampling
+
 PARTS = {"train": 0, "valid": 1, "test": 2}
 # Items of a list, the relevant ones included; `sampled_100` has a list a test
 # item, `pooled_1024` a list a user.
@@ -128,6 +130,7 @@ def draw(
     _fill,
     num_items=interactions.num_items,
     width=min(max(SIZES[protocol], most), interactions.num_items),
+    size=SIZES[protocol],
   )
   seen_width = int(seen.counts.max(initial=0))
   for rows in row_blocks(len(user), block):
@@ -151,26 +154,25 @@ def mix(*words) -> jax.Array:
   state = jnp.uint32(0x9E3779B9)
   for word in words:
     word = jnp.asarray(word).astype(jnp.uint32)
-    state = _scramble(state ^ word) + jnp.uint32(0x9E3779B9)
+    state = sampling.scramble(state ^ word) + jnp.uint32(0x9E3779B9)
   return state
 
 
-def _scramble(x: jax.Array) -> jax.Array:
-  """MurmurHash3's finaliser, a bijection of 32 bits."""
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
-
-
-@functools.partial(jax.jit, static_argnames=("num_items", "width"))
-def _fill(relevant, num_relevant, seen, num_seen, key, *, num_items, width):
+@functools.partial(jax.jit, static_argnames=("num_items", "width", "size"))
+def _fill(
+  relevant, num_relevant, seen, num_seen, key, *, num_items, width, size
+):
   """Relevant items [B, R], then random unseen ones -> [B, width], -1 padded."""
   place = jnp.arange(width)[None, :]
+  # Rows of one block differ in length where one has more relevant items than
+  # a list has places.
+  length = jnp.maximum(size, num_relevant)[:, None]
   unseen = (num_items - num_seen)[:, None]
   number = place - num_relevant[:, None]
   drawn = jnp.clip(number, 0, jnp.maximum(unseen - 1, 0))
   drawn = _permuted(drawn, jnp.maximum(unseen, 1), key[:, None], num_items)
-  items = jnp.where(number < unseen, _unseen_item(drawn, seen), -1)
+  listed = (number < unseen) & (place < length)
+  items = jnp.where(listed, _unseen_item(drawn, seen), -1)
   front = relevant[:, :width]
   front = jnp.pad(front, ((0, 0), (0, width - front.shape[1])))
   return jnp.where(number < 0, front, items)

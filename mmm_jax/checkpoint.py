@@ -74,8 +74,16 @@ def _quiet():
     logging.disable(before)
 
 
+def load(manager: ocp.CheckpointManager, step: int, template):
+  """The checkpoint of `step` as a tree like `template`, or any exception."""
+  flat = manager.restore(step, args=ocp.args.StandardRestore())
+  return _unflat(flat, template)
+
+
 def restore(manager: ocp.CheckpointManager, template):
   """The newest checkpoint that loads, as a tree like `template`.
+
+  Newer ones, which are damaged, are deleted: the run will write them again.
 
   Args:
     manager: of the run's folder.
@@ -90,9 +98,8 @@ def restore(manager: ocp.CheckpointManager, template):
   steps = sorted(manager.all_steps(), reverse=True)
   for number, step in enumerate(steps):
     try:
-      flat = manager.restore(step, args=ocp.args.StandardRestore())
-      tree = _unflat(flat, template)
-      for damaged in steps[:number]:  # the run will write them again
+      tree = load(manager, step, template)
+      for damaged in steps[:number]:
         manager.delete(damaged)
       return tree
     except Exception as error:  # whatever a damaged file makes Orbax raise

@@ -31,7 +31,7 @@ def run(main) -> None:
     app.run(main, flags_parser=_parse)
   except errors.InputError as error:
     _exit(f"error: {error}", BAD_INPUT)
-  except NonFiniteError as error:
+  except FloatingPointError as error:
     _exit(f"error: {error}", FAILED)
   except Stopped as stopped:
     _exit(str(stopped), STOPPED)
@@ -58,6 +58,8 @@ def _parse(argv):
   """Parses flags; whatever is wrong with them is the user's to mend."""
   try:
     return flags.FLAGS(argv)
+  except SystemExit:  # --help was given and has been answered
+    sys.exit(OK)
   except (
     flags.Error,
     AttributeError,

@@ -86,9 +86,8 @@ def evaluate(
       "users": _user_strata(users, values, interactions),
       "items": _item_strata(ranked, interactions, cutoffs),
     }
-    if protocol == "full":
-      result[protocol][part] |= _exposure(ranked.items, interactions, cutoffs)
-    else:
+    result[protocol][part] |= _exposure(ranked.items, interactions, cutoffs)
+    if protocol in hashes:
       hashes[protocol][part] = digest
   return result | {"strata": strata, "candidates": hashes}, _stacked(tables)
 

@@ -79,6 +79,8 @@ def load_resident(
   content: ItemContent, items: np.ndarray, engine: parallel.Engine, config
 ) -> dict[str, jax.Array]:
   """All content, in the places of the item stream: {source: [S, P, ...]}."""
+  if not content.nothing():
+    return {}
   bar = tqdm.tqdm(
     total=items.size, unit="item", desc="content", disable=None, leave=False
   )

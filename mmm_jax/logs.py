@@ -16,7 +16,7 @@ from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 import tqdm
 
-from mmm_jax import errors, files
+from mmm_jax import errors, evaluate, files
 
 _CUTOFFS = (10, 20, 30, 40)
 # MMM's row of Tables 1-3 at these cutoffs; the data behind it are private.
@@ -26,7 +26,6 @@ _PAPER = {
   "ndcg": (0.29904, 0.31502, 0.32192, 0.32613),
 }
 _WIDTH = 7  # Characters a figure in the table.
-_PROTOCOLS = ("full", "pooled_1024", "sampled_100")
 _PARTS = {"valid": "validation", "test": "test"}
 
 
@@ -48,11 +47,12 @@ class RunLog:
     self._events = None
     self._first_step = 0
 
-  def resume(self, step: int) -> int:
-    """Drops the rows after `step`; returns the last step that had been logged.
+  def last_step(self) -> int:
+    """Of the last whole row; 0 if there is none."""
+    return max((number for number, _ in self._rows()), default=0)
 
-    The difference of the two is what the resumed run has to do again. A run
-    without rows gives `step` itself.
+  def resume(self, step: int) -> None:
+    """Drops the rows after `step`, which are to be done again.
 
     Raises:
       InputError: a row that is not JSON with a step (the last may be torn),
@@ -60,12 +60,10 @@ class RunLog:
     """
     self.close()
     rows = self._rows()
-    last = max([step, *(number for number, _ in rows)])
     self._first_step = step + 1
     if self._primary and self.path.exists():
       with files.atomic(self.path) as file:
         file.writelines(line for number, line in rows if number <= step)
-    return last
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Appends `{"step": step, **values}`; what is not finite becomes null.
@@ -242,7 +240,7 @@ def final_table(result: Mapping[str, Any], *, dataset: str) -> str:
       under `pooled_1024`, the protocol closest to the published one.
   """
   blocks = []
-  for protocol in (name for name in _PROTOCOLS if name in result):
+  for protocol in (name for name in evaluate.PROTOCOLS if name in result):
     groups = {
       _PARTS[part]: _by_metric(result[protocol][part])
       for part in _PARTS

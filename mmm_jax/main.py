@@ -8,7 +8,6 @@ Exit codes: 0 done, 2 bad input or config, 75 stopped and resumable, 1 else.
 """
 
 import datetime
-import pathlib
 import shlex
 import sys
 
@@ -31,10 +30,15 @@ def main(argv):
   config = _read_config()
   command.cache_compilations(config.dataset.data_dir)
   workdir = _WORKDIR.value or _fresh_folder(config)
-  if _WORKDIR.value is None:
-    again = shlex.join([*sys.orig_argv, f"--workdir={workdir}"])
-    print(f"To continue this run later: {again}", file=sys.stderr)
-  result = train.train_and_evaluate(config, pathlib.Path(workdir))
+
+  def say_how_to_continue():
+    if _WORKDIR.value is None:
+      again = shlex.join([*sys.orig_argv, f"--workdir={workdir}"])
+      print(f"To continue this run later: {again}", file=sys.stderr)
+
+  result = train.train_and_evaluate(
+    config, workdir, started=say_how_to_continue
+  )
   print(logs.final_table(result, dataset=config.dataset.name))
 
 

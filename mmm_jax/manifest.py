@@ -47,12 +47,14 @@ class Manifest:
       primary: this process writes.
 
     Raises:
-      InputError: the file is there and is not a manifest.
+      InputError: the file is there and is not a manifest, or it is one of a
+        run on other data or another split.
     """
     self.path = pathlib.Path(workdir) / "manifest.json"
     self._primary = primary
     self._started = time.monotonic()
-    before = _read(self.path)
+    before = read(self.path)
+    check_same(self.path, before, data=data, split=split)
     now = _now()
     self._before_s = before.get("wall_s", {}).get("total", 0.0)
     self.values = {
@@ -160,7 +162,29 @@ def _git(folder: pathlib.Path, *arguments: str) -> str:
   return done.stdout.strip()
 
 
-def _read(path: pathlib.Path) -> dict:
+def check_same(path: pathlib.Path, recorded: dict, **now: str) -> None:
+  """Raises InputError if `data` or `split` are not those that are recorded.
+
+  Args:
+    path: the manifest, for the message.
+    recorded: what it holds; nothing yet is the same as anything.
+    now: the fingerprints.
+  """
+  for kind, found in now.items():
+    if recorded.get(kind, found) != found:
+      raise errors.InputError(
+        f"{path}: the {kind} changed since this run began (fingerprint now"
+        f" {found[:12]}, then {recorded[kind][:12]}); bring back the files that"
+        " it began with, or start anew in another --workdir"
+      )
+
+
+def read(path: pathlib.Path) -> dict:
+  """What a manifest holds; nothing if there is none.
+
+  Raises:
+    InputError: the file is there and is not a manifest.
+  """
   if not path.exists():
     return {}
   try:

@@ -28,6 +28,7 @@ from mmm_jax import (
   errors,
   evaluate,
   files,
+  manifest,
   scoring,
 )
 
@@ -59,7 +60,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   Raises:
     errors.InputError: there is no finished run.
   """
-  for name in ("config.json", "result.json"):
+  for name in ("config.json", "manifest.json", "result.json"):
     if not (workdir / name).exists():
       raise errors.InputError(
         f"{workdir} has no {name}: no finished run is there; train one with"
@@ -85,21 +86,23 @@ def load_run(
     errors.InputError: the data are gone or changed, or no checkpoint loads.
   """
   run = assemble.assemble(config)
-  made = json.loads((workdir / "manifest.json").read_text())
-  for kind, found in (("data", run.dataset), ("split", run.split)):
-    if made[kind] != found.fingerprint:
-      raise errors.InputError(
-        f"the {kind} of {workdir} changed since training (fingerprint"
-        f" {found.fingerprint[:12]}, was {made[kind][:12]}); bring back the"
-        " files that the run was trained on"
-      )
+  path = workdir / "manifest.json"
+  made = manifest.read(path)
+  manifest.check_same(
+    path, made, data=run.dataset.fingerprint, split=run.split.fingerprint
+  )
   state = assemble.initial_state(run)
   template = {"state": state, "best": scoring.snapshot(state, -np.inf)}
   folder = workdir.absolute() / "checkpoints"
   with checkpoint.open_manager(folder, keep=config.checkpoint.keep) as manager:
-    found = checkpoint.restore(manager, template)
-  if found is None:
-    raise errors.InputError(f"{folder} holds no checkpoint")
+    try:  # An older one may hold other parameters than result.json is of.
+      found = checkpoint.load(manager, made["step"], template)
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+      raise errors.InputError(
+        f"{folder}: found no readable checkpoint of step {made.get('step')}"
+        f" ({type(error).__name__}), wanted the one that the run ended with;"
+        " delete result.json and run its command again"
+      ) from error
   return run, scoring.reported(found["state"], found["best"])
 
 

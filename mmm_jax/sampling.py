@@ -13,6 +13,7 @@ in a shard, B = S * W examples of a step, K networks.
 from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -59,6 +60,7 @@ def epoch_order(
   name: int,
   seed: int,
   epoch: jax.Array,
+  num_shards: int,
   steps: int,
   width: int,
   packed: bool,
@@ -71,6 +73,7 @@ def epoch_order(
     name: tells the streams of one run apart.
     seed: of the run.
     epoch: number of finished epochs.
+    num_shards: data shards on all devices.
     steps: steps in an epoch.
     width: places that a step takes from a shard.
     packed: fill steps to the brim and leave the last one short (the
@@ -89,14 +92,18 @@ def epoch_order(
     # 31 bits, so that the empty places can sort behind all real ones.
     bits = jnp.where(jnp.arange(places) < count, bits >> 1, jnp.uint32(PAD) + 1)
     order = jnp.argsort(bits)
-    step = jnp.arange(steps + 1)
+    step = jnp.arange(steps)
     if packed:
-      start = jnp.minimum(step * width, count)
-    else:  # the first steps take one more, if they do not come out even
-      whole, rest = jax.lax.div(count, steps), jax.lax.rem(count, steps)
-      start = step * whole + jnp.minimum(step, rest)
-    at = start[:-1, None] + jnp.arange(width)
-    return jnp.where(at < start[1:, None], order.at[at].get(mode="clip"), -1)
+      taken = jnp.clip(count - step * width, 0, width)
+    else:
+      # What does not come out even falls to a run of steps that begins
+      # elsewhere in each shard: the shards together give each step the same.
+      whole, rest = lax.div(count, steps), lax.rem(count, steps)
+      turn = lax.div(number * steps, num_shards)
+      taken = whole + (lax.rem(step + turn, steps) < rest)
+    end = jnp.cumsum(taken)
+    at = (end - taken)[:, None] + jnp.arange(width)
+    return jnp.where(at < end[:, None], order.at[at].get(mode="clip"), -1)
 
   return jax.vmap(order_of_shard)(shard, stream.count)
 
@@ -251,7 +258,7 @@ def neighbours(
   degree = network.indptr[user + 1] - start
   key = jax.random.fold_in(jax.random.key(seed), _NEIGHBOURS)
   key = jax.random.fold_in(jax.random.fold_in(key, number), epoch)
-  draw = _mix(user.astype(jnp.uint32) ^ jax.random.bits(key, ()))
+  draw = scramble(user.astype(jnp.uint32) ^ jax.random.bits(key, ()))
   offset = jnp.where(degree > cap, bounded(draw, degree), 0)
   place = jnp.arange(cap)
   at = offset[:, None] + place
@@ -261,8 +268,8 @@ def neighbours(
   return jnp.where(wanted, found, PAD)
 
 
-def _mix(x: jax.Array) -> jax.Array:
-  """Scrambles 32 bits (the finaliser of MurmurHash3)."""
+def scramble(x: jax.Array) -> jax.Array:
+  """A bijection of 32 bits that spreads them (MurmurHash3's finaliser)."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)

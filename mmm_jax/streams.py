@@ -65,17 +65,9 @@ def measure(dataset, split, config) -> Sizes:
   """The sizes of a run.
 
   Raises:
-    errors.InputError: the batch does not divide into the data shards, or
-      there is nothing to train on.
+    errors.InputError: there is nothing to train on.
   """
   num_shards, batch_size = config.data_shards, config.batch_size
-  if batch_size % num_shards:
-    below = batch_size // num_shards * num_shards
-    near = [size for size in (below, below + num_shards) if size]
-    raise errors.InputError(
-      f"batch_size={batch_size} is not a multiple of data_shards={num_shards};"
-      f" nearest valid values: {', '.join(map(str, near))}"
-    )
   train = split.part == splits.TRAIN
   num_train = int(train.sum())
   if not num_train:
@@ -204,10 +196,11 @@ def _shuffled(network, seed) -> sampling.Adjacency:
   """Neighbour lists in a random order, so that a window of one is a sample."""
   row = np.repeat(np.arange(len(network.indptr) - 1), np.diff(network.indptr))
   chance = np.random.default_rng(seed).random(len(row))
-  order = np.lexsort((chance, row))
-  return sampling.Adjacency(
-    network.indptr.astype(np.int32), network.indices[order].astype(np.int32)
-  )
+  indices = network.indices[np.lexsort((chance, row))].astype(np.int32)
+  # A network of nobody has an entry, too, that nobody owns: a gather from an
+  # empty array is an error.
+  indices = indices if indices.size else np.zeros(1, np.int32)
+  return sampling.Adjacency(network.indptr.astype(np.int32), indices)
 
 
 def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes, seed: int) -> Plan:
@@ -220,6 +213,7 @@ def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes, seed: int) -> Plan:
       name=name,
       seed=seed,
       epoch=epoch,
+      num_shards=sizes.num_shards,
       steps=sizes.steps,
       width=width,
       packed=packed,

@@ -49,14 +49,7 @@ class Trainer:
     self.run, self.engine = run, engine
     self.config, self.sizes = run.config, run.sizes
     self.has_valid = bool((run.split.part == splits.VALID).any())
-    self.checkpoints = checkpoint.open_manager(
-      workdir.absolute() / "checkpoints", keep=run.config.checkpoint.keep
-    )
-    self.log = logs.RunLog(
-      workdir,
-      tensorboard=run.config.log.tensorboard,
-      primary=jax.process_index() == 0,
-    )
+    # First, because it refuses a folder of other data.
     self.manifest = manifest.Manifest(
       workdir,
       data=run.dataset.fingerprint,
@@ -65,6 +58,14 @@ class Trainer:
     )
     self.manifest.values["statistics"] = run.dataset.statistics
     self.manifest.values["facts"] = run.facts
+    self.checkpoints = checkpoint.open_manager(
+      workdir.absolute() / "checkpoints", keep=run.config.checkpoint.keep
+    )
+    self.log = logs.RunLog(
+      workdir,
+      tensorboard=run.config.log.tensorboard,
+      primary=jax.process_index() == 0,
+    )
     self.stop_asked = False
     self._saved_at = time.monotonic()
 
@@ -78,18 +79,18 @@ class Trainer:
     found = checkpoint.restore(self.checkpoints, {"state": state, "best": best})
     if found is not None:
       state, best = found["state"], found["best"]
-      step = int(state.step)
-      last = self.log.resume(step)
-      self.manifest.resumed(step=step, last_step=last)
-      _LOG.info("resumed at step %d; %d to redo", step, last - step)
-    else:
-      self.log.resume(0)
     self.best, self.step = best, int(state.step)
+    last = self.log.last_step()
+    if found is not None or last:
+      self.manifest.resumed(step=self.step, last_step=last)
+      redo = max(last - self.step, 0)
+      _LOG.info("resumed at step %d; %d to redo", self.step, redo)
+    self.log.resume(self.step)
     self.state = engine.replicate(state)
     self.shards = engine.shard(run.shards)
     self.shared = engine.replicate(run.shared)
-    self._make_functions()
     resident = run.content.fits(self.config.input.content_budget_mb)
+    self._make_functions(resident)
     self.resident = None
     if resident:
       self.resident = input_pipeline.load_resident(
@@ -100,7 +101,7 @@ class Trainer:
     self.manifest.values["content"] = "resident" if resident else "streamed"
     self.manifest.write()
 
-  def _make_functions(self):
+  def _make_functions(self, resident):
     run, engine = self.run, self.engine
     part = parallel.SHARDED
     self._plan = engine.map(
@@ -112,9 +113,9 @@ class Trainer:
       run.model,
       self.config,
       run.sizes,
-      run.module.term_weights(run.model, self.config),
+      run.weights,
       engine,
-      resident=run.content.fits(self.config.input.content_budget_mb),
+      resident=resident,
     )
     self._seed, self._follow = clustering.make_clustering(run, engine)
 
@@ -130,8 +131,8 @@ class Trainer:
     plan = self._plan(self.shards, np.int32(epoch))
     chunks = self._chunks_ahead(at)
     with contextlib.closing(self._content(plan, at, chunks)) as contents:
+      started = time.perf_counter()  # the wait for content counts
       for num_steps, content in zip(chunks, contents):
-        started = time.perf_counter()
         self.state, values = self._chunk(
           np.int32(num_steps),
           self.state,
@@ -141,11 +142,8 @@ class Trainer:
           content,
         )
         values = jax.device_get(self.engine.first(values))
-        values = {name: series[:num_steps] for name, series in values.items()}
-        self._check_finite(values)
+        row = self._read(*values, num_steps)
         self.step += num_steps
-        row = {name: float(np.mean(series)) for name, series in values.items()}
-        row["learning_rate"] = float(values["learning_rate"][-1])
         trained = self._positives(num_steps)
         row["interactions_per_s"] = trained / (time.perf_counter() - started)
         at_end = self.step % self.sizes.steps == 0
@@ -156,6 +154,15 @@ class Trainer:
         )
         progress.update(trained, self._note(row))
         self.save_if_due()
+        started = time.perf_counter()
+
+  def _read(self, values, watched, num_steps) -> dict:
+    """A row to log of what the steps of a chunk say."""
+    values = {name: series[:num_steps] for name, series in values.items()}
+    self._check_finite(values)
+    row = {name: float(np.mean(series)) for name, series in values.items()}
+    row["learning_rate"] = float(values["learning_rate"][-1])
+    return row | update.average(watched)
 
   def _positives(self, num_steps):
     """Training positives of the last steps; an epoch's last step is short."""
@@ -196,11 +203,21 @@ class Trainer:
     if bad is None:
       return
     at, name = bad
+    self._stop_diverged(
+      f"{name} became {values[name][at]} in step {self.step + at + 1}"
+    )
+
+  def _check_state(self):
+    """The losses of a step are of the parameters before its update."""
+    bad = update.not_finite(self.engine.first(self.state))
+    if bad:
+      self._stop_diverged(f"{bad} is not finite after step {self.step}")
+
+  def _stop_diverged(self, what):
     good = self.checkpoints.latest_step()
     where = "none" if good is None else f"step {good}"
     raise command.NonFiniteError(
-      f"{name} became {values[name][at]} in step {self.step + at + 1}; last"
-      f" good checkpoint: {where}. Lower"
+      f"{what}; last good checkpoint: {where}. Lower"
       f" losses.{self.config.interaction_loss}.learning_rate, or look at the"
       " weights of that term."
     )
@@ -218,7 +235,8 @@ class Trainer:
     row = dict(self.run.facts)
     if self._categories_due(epoch):
       row |= self.cluster(epoch)
-    if self.has_valid and epoch % self.config.eval.every_epochs == 0:
+    last = epoch == self.config.epochs
+    if self.has_valid and (last or epoch % self.config.eval.every_epochs == 0):
       row |= self.validate()
     return row
 
@@ -238,6 +256,7 @@ class Trainer:
 
   def validate(self) -> dict:
     """Scores the validation part; keeps the parameters if they are the best."""
+    self._check_state()
     with self.manifest.timed("validation"):
       now = scoring.snapshot(self.engine.first(self.state), -np.inf)
       result, _ = scoring.score_protocols(self.run, now, ("valid",), ("full",))
@@ -252,9 +271,12 @@ class Trainer:
   # -- saving
 
   def save(self):
+    self._check_state()
     tree = {"state": self.engine.first(self.state), "best": self.best}
     with self.manifest.timed("checkpoints"):
       checkpoint.save(self.checkpoints, self.step, tree)
+    self.manifest.values["step"] = self.step
+    self.manifest.values["best_step"] = int(self.best.step)
     self.manifest.write()
     self._saved_at = time.monotonic()
 
@@ -290,12 +312,13 @@ def train(trainer: Trainer) -> scoring.Best:
   return scoring.reported(trainer.engine.first(trainer.state), trainer.best)
 
 
-def train_and_evaluate(config, workdir) -> dict:
+def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
   """Trains what a config describes and writes the files of the run.
 
   Args:
     config: a full config, as `configs/mmm.py` gives it.
     workdir: the run's folder; an unfinished run in it continues.
+    started: called once the input proved good and training is to begin.
 
   Returns:
     What `result.json` holds.
@@ -312,16 +335,20 @@ def train_and_evaluate(config, workdir) -> dict:
     done = workdir / "result.json"
     if done.exists():
       return json.loads(done.read_text())
+    engine = parallel.make_engine(config)
     run = assemble.assemble(config)
+    trainer = Trainer(run, workdir, engine)
     folders.write_inputs(run, workdir)
-    trainer = Trainer(run, workdir, parallel.make_engine(config))
+    started()
     with contextlib.closing(trainer), stopping(trainer):
       trainer.start()
       best = train(trainer)
       with trainer.manifest.timed("evaluation"):
-        result = folders.write_results(run, best, workdir)
+        result, per_user = scoring.score_protocols(
+          run, best, ("valid", "test"), config.eval.protocols
+        )
       trainer.manifest.write(finished=True)
-  return result
+      return folders.write_results(run, result, per_user, workdir)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,6 @@
 Shapes: S data shards of this device, T steps of a chunk.
 """
 
-import functools
-
 import flax
 import jax
 from jax import lax
@@ -26,14 +24,14 @@ class TrainState:
   categories: object  # the model's, constant within an epoch
 
 
-def learning_rate(config, step):
+def learning_rate(config) -> optax.Schedule:
   """Exponential decay, from the rate that belongs to the loss."""
-  start = config.losses[config.interaction_loss].learning_rate
-  schedule = config.schedule
-  exponent = step / schedule.decay_steps
-  if schedule.staircase:
-    exponent = jnp.floor(exponent)
-  return start * schedule.decay_rate**exponent
+  return optax.exponential_decay(
+    config.losses[config.interaction_loss].learning_rate,
+    transition_steps=config.schedule.decay_steps,
+    decay_rate=config.schedule.decay_rate,
+    staircase=config.schedule.staircase,
+  )
 
 
 def dense_optimizer(config) -> optax.GradientTransformation:
@@ -46,7 +44,7 @@ def dense_optimizer(config) -> optax.GradientTransformation:
     optax.scale_by_adam(b1=adam.b1, b2=adam.b2, eps=adam.eps),
     optax.add_decayed_weights(decay, mask=decayed) if decay
     else optax.identity(),
-    optax.scale_by_learning_rate(functools.partial(learning_rate, config)),
+    optax.scale_by_learning_rate(learning_rate(config)),
   )  # fmt: skip
 
 
@@ -95,7 +93,9 @@ def train_step(
     weights: {term: weight in Eq. 17}.
 
   Returns:
-    The new state, the scratch, and {name: value} over all devices.
+    The new state, the scratch, {name: value} of the loss and its terms over
+    all devices, and {name: (sum, number of rows)} of what is only watched:
+    a step may hold no such row.
   """
   lookups = model.lookups(batch)
 
@@ -109,26 +109,26 @@ def train_step(
       for name, term in terms.items()
     }
     loss = sum(weights[name] * value for name, value in values.items())
-    watched = {name: _mean(term) for name, term in watched.items()}
-    return loss, {"loss": loss, **values, **watched}
+    sums = {name: (term.total, term.count) for name, term in watched.items()}
+    return loss, ({"loss": loss, **values}, sums)
 
   rows = tables.gather(state.tables, lookups)
-  grads, values = jax.grad(objective, argnums=(0, 1), has_aux=True)(
+  grads, seen = jax.grad(objective, argnums=(0, 1), has_aux=True)(
     state.params, rows
   )
-  dense_grads, values = lax.psum((grads[0], values), parallel.AXIS)
+  dense_grads, (values, watched) = lax.psum((grads[0], seen), parallel.AXIS)
   updates, opt_state = dense_optimizer(config).update(
     dense_grads, state.opt_state, state.params
   )
   new_tables, slots = _update_tables(state, slots, lookups, grads[1], config)
-  values["learning_rate"] = learning_rate(config, state.step)
+  values["learning_rate"] = learning_rate(config)(state.step)
   state = state.replace(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
     tables=new_tables,
   )
-  return state, slots, values
+  return state, slots, (values, watched)
 
 
 def _mean(term: losses.Term):
@@ -147,7 +147,7 @@ def _sums(term: losses.Term, steps: int):
 
 
 def _update_tables(state, slots, lookups, grads, config):
-  rule, rate = row_rule(config), learning_rate(config, state.step)
+  rule, rate = row_rule(config), learning_rate(config)(state.step)
   settings = dict(rule=rule, rate=rate, count=state.step + 1)
   new_tables, new_slots = dict(state.tables), dict(slots)
   for name, uses in lookups.items():
@@ -173,10 +173,10 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
 
   Returns:
     A function of (num_steps, state, shards, shared, plan, content) that gives
-    the state after `num_steps` steps, and {name: [chunk_steps]} with the
-    values of each step (zeros behind them). The state's memory is given back
-    to it. A scan whose length is an argument, so that a short last chunk of
-    an epoch is not compiled again.
+    the state after `num_steps` steps, and what `train_step` says of each,
+    [chunk_steps] (zeros behind them). The state's memory is given back to it.
+    A scan whose length is an argument, so that a short last chunk of an epoch
+    is not compiled again.
   """
   cut = input_pipeline.at_places if resident else input_pipeline.at_step
 
@@ -213,7 +213,7 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
     slots = tables.new_slots(state.tables)
     values = jax.eval_shape(step_at, jnp.int32(0), state, slots, *data)[2]
     length = chunk_steps(config, sizes)
-    series = {name: jnp.zeros(length, x.dtype) for name, x in values.items()}
+    series = jax.tree.map(lambda x: jnp.zeros(length, x.dtype), values)
     state, _, series = lax.fori_loop(0, num_steps, body, (state, slots, series))
     return state, series
 
@@ -229,6 +229,31 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
 def chunk_steps(config, sizes) -> int:
   """Steps of a dispatch; the last one of an epoch may have fewer."""
   return min(config.log.every_steps, sizes.steps)
+
+
+def average(watched: dict[str, tuple]) -> dict[str, float | None]:
+  """Means over all rows of a chunk, None where it held none.
+
+  Args:
+    watched: {name: (sums, numbers of rows)} of its steps.
+  """
+  return {
+    name: float(np.sum(total) / np.sum(count)) if np.sum(count) else None
+    for name, (total, count) in watched.items()
+  }
+
+
+@jax.jit
+def _finite(leaves):
+  return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def not_finite(state: TrainState) -> str:
+  """Path of a leaf of a state on one device that is not finite, or ''."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+  good = jax.device_get(_finite([leaf for _, leaf in leaves]))
+  bad = [path for (path, _), fine in zip(leaves, good) if not fine]
+  return jax.tree_util.keystr(bad[0], simple=True, separator=".") if bad else ""
 
 
 def first_non_finite(values: dict[str, np.ndarray]) -> tuple[int, str] | None:

@@ -66,7 +66,7 @@ RANGES = {
   "kmeans.warmup_epochs": (0, math.inf),
   "kmeans.restarts": (1, math.inf),
   "kmeans.seeding_iterations": (1, math.inf),
-  "kmeans.iterations": (0, math.inf),
+  "kmeans.iterations": (1, math.inf),
   "kmeans.block": (1, math.inf),
   "remedies.encoder_decay": (0, math.inf),
   "remedies.mismatched_content": (0, math.inf),
@@ -112,10 +112,10 @@ def check(config) -> None:
 
 
 def leaves(config, prefix: str = ""):
-  """Yields (dotted key, value) of a config and of those inside it."""
+  """Yields (dotted key, value) of a config, or of its dictionary."""
   for key in config:
     value = config[key]
-    if hasattr(value, "to_dict"):
+    if hasattr(value, "items"):
       yield from leaves(value, f"{prefix}{key}.")
     else:
       yield prefix + key, value

@@ -5,7 +5,7 @@ import fcntl
 import json
 import pathlib
 
-from mmm_jax import assemble, errors, files, scoring
+from mmm_jax import assemble, errors, files, validate
 from mmm_jax.datasets import splits
 
 
@@ -52,8 +52,8 @@ def check_config(config, workdir: pathlib.Path) -> None:
   path = workdir / "config.json"
   if not path.exists():
     return
-  old = _leaves(json.loads(path.read_text()))
-  new = _leaves(json.loads(config.to_json()))
+  old = dict(validate.leaves(json.loads(path.read_text())))
+  new = dict(validate.leaves(json.loads(config.to_json())))
   keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
   if keys:
     shown = "; ".join(
@@ -63,16 +63,6 @@ def check_config(config, workdir: pathlib.Path) -> None:
       f"{workdir} holds a run with another config ({shown}); give the same"
       " values to continue it, or another --workdir"
     )
-
-
-def _leaves(tree, prefix="") -> dict:
-  leaves = {}
-  for key, value in tree.items():
-    if isinstance(value, dict) and value:
-      leaves |= _leaves(value, f"{prefix}{key}.")
-    else:
-      leaves[prefix + key] = value
-  return leaves
 
 
 def write_inputs(run: assemble.Run, workdir: pathlib.Path) -> None:
@@ -89,12 +79,13 @@ def write_inputs(run: assemble.Run, workdir: pathlib.Path) -> None:
 
 
 def write_results(
-  run: assemble.Run, best: scoring.Best, workdir: pathlib.Path
+  run: assemble.Run, result: dict, per_user: dict, workdir: pathlib.Path
 ) -> dict:
-  """Scores validation and test once; writes result.json last."""
-  result, per_user = scoring.score_protocols(
-    run, best, ("valid", "test"), run.config.eval.protocols
-  )
+  """Writes what `evaluate.evaluate` found; result.json, the last, ends a run.
+
+  Returns:
+    What it holds.
+  """
   per_user = {**per_user, "user": run.dataset.users[per_user["user"]]}
   files.write_parquet(workdir / "per_user.parquet", per_user)
   files.write_json(workdir / "result.json", result)

@@ -71,6 +71,7 @@ NUMBERS = (
   "checkpoint.keep=0",
   "input.threads=0",
   "kmeans.restarts=0",
+  "kmeans.iterations=0",
   "network.neighbour_cap=0",
   "network.co_like_degree=0",
   "weights.user=nan",
@@ -89,6 +90,10 @@ READ = {
   "text.glove=/nowhere/glove.txt": "no such file",
   "split.path=/nowhere/split.parquet": "no readable file",
   "split.ratios=(1.0,2.0,3.0)": "three shares",
+  "parallel.devices=64": "sees",
+  "data_shards=3": "nearest: 63, 66",
+  "weights.overrides=content.sound=1": "content.text",
+  "weights.overrides=user=-1": "from 0 on",
   "dataset.core=500": "leaves nothing",
   "dataset.simulated.users=0": "2 or more",
 }
@@ -105,12 +110,15 @@ def test_value(main, data, tmp_path, change):
   assert not workdir.exists()
 
 
-def test_batch_that_does_not_divide_names_its_neighbours(main, data, tmp_path):
+@pytest.mark.parametrize(("size", "near"), [(65, "64, 72"), (3, "nearest: 8")])
+def test_batch_that_does_not_divide_names_its_neighbours(
+  main, data, tmp_path, size, near
+):
   done = main(
-    f"{runs.CONFIG}:tiny", data, "--config.batch_size=65",
+    f"{runs.CONFIG}:tiny", data, f"--config.batch_size={size}",
     f"--workdir={tmp_path / 'run'}",
   )  # fmt: skip
-  assert_refused(done, "batch_size", "64, 72")  # of 8 shards
+  assert_refused(done, "batch_size", near)  # of 8 shards
 
 
 @pytest.mark.parametrize(
@@ -130,6 +138,19 @@ def test_argument(main, tmp_path, argument, words):
   done = main(f"{runs.CONFIG}:tiny", argument, f"--workdir={workdir}")
   assert_refused(done, *words)
   assert not workdir.exists()
+
+
+@pytest.mark.parametrize("name", ["main", "recommend", "experiments"])
+def test_help_is_no_failure(name):
+  done = runs.run(f"mmm_jax.{name}", "--help")
+  assert done.code == 0
+  assert "--workdir" in done.out
+
+
+def test_without_a_workdir_bad_input_is_still_one_message(main, tmp_path):
+  done = main(f"{runs.CONFIG}:tiny", "--config.epochs=0", cwd=tmp_path)
+  assert_refused(done, "epochs")
+  assert not list(tmp_path.iterdir())
 
 
 def test_config_is_missing(main, tmp_path):

@@ -39,6 +39,16 @@ def test_manifest_adds_up_over_sessions(tmp_path):
   assert (values["data"], values["split"]) == ("d", "s")
 
 
+@pytest.mark.parametrize("kind", ["data", "split"])
+def test_other_data_or_another_split_do_not_continue_a_run(tmp_path, kind):
+  open_manifest(tmp_path).write()
+  before = (tmp_path / "manifest.json").read_bytes()
+  now = {"data": "d", "split": "s"} | {kind: "other"}
+  with pytest.raises(errors.InputError, match=f"the {kind} changed"):
+    manifest.Manifest(tmp_path, **now, primary=True)
+  assert (tmp_path / "manifest.json").read_bytes() == before
+
+
 def test_manifest_of_other_processes_is_not_written(tmp_path):
   open_manifest(tmp_path, primary=False).write()
   assert not os.listdir(tmp_path)

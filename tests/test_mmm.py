@@ -488,6 +488,66 @@ def test_networks_in_the_predictor_add_the_mixture_to_the_user():
   np.testing.assert_allclose(scored[0], full, rtol=1e-6)
 
 
+def test_mismatched_content_is_the_next_item_of_the_shard():
+  remedies = mmm.Remedies(0.5, 0.0, 0.0, False)
+  model = small_model(vectors=("visual",), remedies=remedies)
+  item, content = normal(3, 3), normal(1, 3, 3, seed=1)
+  batch = make_batch(
+    vectors={"visual": content}, present={"visual": np.ones((1, 3), bool)}
+  )
+  eye = np.eye(3, dtype=np.float32)
+  # 10 lifts the content beyond the ReLU.
+  dense = {"kernel": eye, "bias": np.full(3, 10, np.float32)}
+  params = {"map_visual": eye, "encoders_visual": {"Dense_0": dense}}
+  tables = {"user": normal(1, 3), "item": item}
+  terms = loss_terms(model, tables, batch, params=params)
+  found = terms["mismatched_content/visual"]
+  # -ln sigma(-x) = ln(1 + exp(x))
+  logits = [item[j] @ (content[0, j - 1] + 10) for j in range(3)]
+  np.testing.assert_allclose(
+    found.total, np.sum(np.log1p(np.exp(logits))), rtol=1e-5
+  )
+  assert found.count == 3
+
+
+def test_alpha_prior_and_frozen_categories():
+  config = toy.get_config(
+    "full", remedies__alpha_prior=0.5, remedies__frozen_categories=True
+  )
+  session = toy.Session(toy.make_run(weighted(config), toy.random_data(40, 60)))
+  centroids = np.ones((3, 8))
+  session.state = toy.with_categories(
+    session.state, np.arange(60) % 3, centroids, centroids
+  )
+  session.state.tables["alpha"].packed[:, :2] = 2.0
+  values = session.train(1)
+  assert values["alpha_prior"][0] == pytest.approx(0.5 * (2**2 + 2**2))
+  # w = mu: without the clicks only its zero-mean prior moves it, all numbers
+  # by the same step of Adam.
+  moved = session.state.params["category_vectors"] - centroids
+  assert (moved < 0).all()
+  np.testing.assert_allclose(moved, moved[0, 0], rtol=1e-5)
+
+
+def test_a_network_of_nobody_is_a_network_without_ties():
+  data = toy.random_data(40, 60)
+  data.networks["friend"] = [[] for _ in range(40)]
+  session = toy.Session(toy.make_run(toy.get_config("full"), data))
+  values = session.train(2)
+  assert (values["network_tie/friend"] == 0).all()
+  assert (values["network_tie/follow"] > 0).all()
+  assert np.isfinite(values["loss"]).all()
+
+
+def test_a_text_without_a_word_is_absent():
+  data = toy.random_data(40, 60)
+  data.tokens[7] = 0
+  run = toy.make_run(toy.get_config("full"), data)
+  present = run.shared.present["text"]
+  assert not present[7]
+  assert present.sum() == 60 - len({7, *data.absent["text"]})
+
+
 # --- encoders and scores ---------------------------------------------------
 
 
@@ -585,10 +645,14 @@ def test_overrides_change_one_source_or_network():
 
 @pytest.mark.parametrize(
   ("text", "told"),
-  [("content.sound=1", "content.text"), ("content.text=loud", "'loud'")],
+  [
+    ("content.sound=1", "user, item, content.visual, content.text"),
+    ("content.text=loud", "'loud'"),
+    ("user=-1", "'-1'"),
+    ("user=nan", "'nan'"),
+  ],
 )
 def test_wrong_overrides_name_what_is_valid(text, told):
   config = toy.get_config("full", weights__overrides=text)
-  run = toy.make_run(config, toy_data())
   with pytest.raises(errors.InputError, match=told):
-    mmm.term_weights(run.model, run.config)
+    toy.make_run(config, toy_data())

@@ -208,7 +208,7 @@ def test_deal_gives_everything_to_one_shard_in_equal_parts(size):
   assert (np.sort(~real, axis=1) == ~real).all()
 
 
-ORDER = dict(name=1, seed=0, epoch=np.int32(3))
+ORDER = dict(num_shards=4, name=1, seed=0, epoch=np.int32(3))
 
 
 def order_of(stream, shard, **changes):
@@ -233,6 +233,19 @@ def test_an_epoch_visits_every_place_once(packed, size, steps):
       assert filled.tolist() == expected.tolist()
     else:
       assert np.ptp(filled) <= 1
+
+
+@pytest.mark.parametrize(("size", "steps"), [(300, 82), (19, 7), (100, 90)])
+def test_steps_take_equally_much_from_all_shards_together(size, steps):
+  # Fewer places in a shard than steps, and still no step goes without.
+  stream = sampling.deal(0, 4, a=np.arange(size))
+  width = -(-size // 4 // steps) + 1
+  order = order_of(stream, range(4), steps=steps, width=width, packed=False)
+  taken = (order >= 0).sum((0, 2))
+  assert taken.sum() == size
+  # Up to one more or less where shards' runs meet, at each of their ends.
+  assert abs(taken - size / steps).max() <= 2
+  assert taken.min() >= 1
 
 
 def test_orders_do_not_depend_on_who_holds_the_shards():

@@ -167,16 +167,6 @@ def test_sizes_of_the_paper_s_set():
   assert sizes.max_seen == 76603
 
 
-@pytest.mark.parametrize(
-  ("batch_size", "near"), [(1021, "1016, 1024"), (3, "values: 8")]
-)
-def test_a_batch_that_does_not_divide_names_the_nearest_values(
-  batch_size, near
-):
-  with pytest.raises(errors.InputError, match=near):
-    measure(100, 10, 10, batch_size=batch_size, data_shards=8)
-
-
 def test_nothing_to_train_on():
   with pytest.raises(errors.InputError, match="no training interaction"):
     measure(0, 10, 10)

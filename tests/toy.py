@@ -13,17 +13,9 @@ import types
 import jax
 import numpy as np
 
-from mmm_jax import (
-  assemble,
-  evaluate,
-  input_pipeline,
-  parallel,
-  streams,
-  update,
-)
+from mmm_jax import assemble, input_pipeline, parallel, streams, update
 from mmm_jax.datasets import networks as networks_lib
 from mmm_jax.datasets import splits
-from mmm_jax.models import mmm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -151,35 +143,11 @@ def make_run(config, data: Data) -> assemble.Run:
 
   "*" means the sources and the explicit networks; `co_like` only by name.
   """
-  dataset, split = data.dataset, data.split
   if config.model.networks == "*":
     config.model.networks = ",".join(data.networks)
-  networks, facts = streams.choose_networks(dataset, split, config)
-  sources = streams.choose_sources(dataset, config)
-  sizes = streams.measure(dataset, split, config)
-  shards, shared = streams.build(dataset, split, networks, sources, config)
-  has_text = "text" in sources
-  return assemble.Run(
-    config=config,
-    dataset=dataset,
-    split=split,
-    interactions=evaluate.Interactions(
-      dataset.user, dataset.item, split.part, sizes.num_users, sizes.num_items
-    ),
-    sizes=sizes,
-    module=mmm,
-    model=mmm.create(config, sources, tuple(networks)),
-    content=input_pipeline.ItemContent(
-      item_source=dataset.item_source,
-      records=dataset.records,
-      vectors={n: d for n, d in dataset.vectors.items() if n in sources},
-      tokens=data.tokens if has_text else None,
-    ),
-    shards=shards,
-    shared=shared,
-    words=data.words if has_text else None,
-    facts=facts,
-  )
+  has_text = "text" in streams.choose_sources(data.dataset, config)
+  text = assemble.Text(data.tokens, data.words) if has_text else assemble.Text()
+  return assemble.build(config, data.dataset, data.split, text)
 
 
 def make_engine(devices=1, kind="mesh") -> parallel.Engine:
@@ -212,7 +180,7 @@ class Session:
       run.model,
       run.config,
       run.sizes,
-      run.module.term_weights(run.model, run.config),
+      run.weights,
       self.engine,
       resident=True,
     )
@@ -230,7 +198,9 @@ class Session:
       self._content,
     )
     self.state = to_host(self.engine.first(state))
-    values = to_host(self.engine.first(values))
+    values, watched = to_host(self.engine.first(values))
+    with np.errstate(invalid="ignore"):  # a step may hold nothing to watch
+      values |= {name: sums / rows for name, (sums, rows) in watched.items()}
     return {name: series[:num_steps] for name, series in values.items()}
 
   def train_epochs(self, epochs) -> dict[str, np.ndarray]:

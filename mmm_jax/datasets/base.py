@@ -236,7 +236,8 @@ def _select(edges, users, items, config, split):
     )
     keep = np.zeros_like(everything)
     keep[position] = True
-    return keep, {"size": 0, "filtered": True}
+    left_out = int((~keep).sum())
+    return keep, {"size": 0, "filtered": True, "left_out": left_out}
   if not config.core or (kind == "own" and "part" in edges):
     return everything, {"size": 0, "filtered": False}
   keep, report = core_filter(edges["user"], edges["item"], config.core)
@@ -430,6 +431,11 @@ def _spread_text(spread):
 
 def _core_text(statistics):
   core, raw = statistics["core"], statistics["raw"]
+  if "left_out" in core:
+    return (
+      f"; split.path leaves out {core['left_out']:,} of "
+      f"{raw['interactions']:,} interactions"
+    )
   if not core["size"]:
     return ""
   once = core["single_pass"]

@@ -50,6 +50,13 @@ class Split:
     }
     return sizes | {"left_out": int((self.part == LEFT_OUT).sum())}
 
+  @property
+  def line(self) -> str:
+    """The sizes for people."""
+    sizes = self.sizes.items()
+    parts = [f"{name} {size:,}" for name, size in sizes if size]
+    return f"split: {', '.join(parts)}"
+
 
 def kind(config, has_own: bool) -> str:
   """Where the split comes from.
@@ -119,7 +126,12 @@ def make(dataset: base.Dataset, config) -> Split:
 
 def _bounds(ratios) -> tuple[float, float]:
   """Shares up to which interactions train and validate."""
-  good = len(ratios) == 3 and min(ratios) >= 0 and ratios[0] > 0
+  good = (
+    len(ratios) == 3
+    and all(isinstance(share, int | float) for share in ratios)
+    and min(ratios) >= 0
+    and ratios[0] > 0
+  )
   if not good or abs(sum(ratios) - 1) > 1e-9:
     raise errors.InputError(
       f"split.ratios: found {tuple(ratios)}, wanted three shares (train, "
@@ -260,9 +272,19 @@ def _check_rows(path, table, bad, found, wanted):
     )
 
 
+def _texts(path, table, column):
+  try:
+    return pc.cast(table[column], pa.string())
+  except pa.ArrowException as error:
+    raise errors.InputError(
+      f"split.path={path}, column '{column}': found {table[column].type}"
+      f" ({str(error).splitlines()[0]}), wanted strings"
+    ) from error
+
+
 def _lookup(path, table, column, ids):
   """Numbers of the raw ids in a column, int64 [rows]."""
-  values = pc.cast(table[column], pa.string())
+  values = _texts(path, table, column)
   number = pc.index_in(values, value_set=pa.array(list(ids), pa.string()))
   number = pc.fill_null(number, -1).to_numpy().astype(np.int64)
   _check_rows(
@@ -276,7 +298,7 @@ def _lookup(path, table, column, ids):
 
 
 def _codes(path, table):
-  values = pc.cast(table["part"], pa.string())
+  values = _texts(path, table, "part")
   number = pc.index_in(values, value_set=pa.array(NAMES))
   number = pc.fill_null(number, -1).to_numpy().astype(np.int8)
   _check_rows(

@@ -88,7 +88,11 @@ def _interactions(files, num_items):
     for name in PARTS
   }
   rawfiles.check_lines(files, LINES)
-  parts = [_pairs(files[name], rows[name], num_items) for name in PARTS]
+  # Ids without gaps are smaller than the number of lines.
+  num_pairs = sum(map(len, rows.values()))
+  parts = [
+    _pairs(files[name], rows[name], num_pairs, num_items) for name in PARTS
+  ]
   user, item = np.concatenate(parts).T
   part = np.repeat(np.arange(3, dtype=np.int8), [len(pairs) for pairs in parts])
   _check_unique(files, user, item, part, num_items)
@@ -102,13 +106,19 @@ def _interactions(files, num_items):
   return user.astype(np.int32), item.astype(np.int32), part
 
 
-def _pairs(file, rows, num_items):
+def _pairs(file, rows, max_users, num_items):
   pairs = []
   for line, (user, item) in rows:
     pair = (
       rawfiles.integer(file, line, "user", user),
       rawfiles.integer(file, line, "item", item),
     )
+    if pair[0] >= max_users:
+      file.fail(
+        f"line {line}, column 'user'",
+        f"the id {pair[0]}",
+        f"ids without gaps (there are {max_users} interactions)",
+      )
     if pair[1] >= num_items:
       file.fail(
         f"line {line}, column 'item'",

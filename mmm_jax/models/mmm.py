@@ -15,6 +15,7 @@ the content stream (S data shards), U users of the user stream, A neighbours,
 C categories, K networks, d latent size.
 """
 
+import math
 from typing import NamedTuple
 
 import flax
@@ -24,6 +25,8 @@ import jax.numpy as jnp
 
 from mmm_jax import errors, losses, sampling
 from mmm_jax.models import layers
+
+_EXACT = jax.lax.Precision.HIGHEST  # of what enters a score, on any device
 
 
 @flax.struct.dataclass
@@ -216,7 +219,8 @@ class MMM(nn.Module):
       vectors = jax.lax.stop_gradient(vectors)
     # As a product with one-hot rows, the gradient is a product too; a scatter
     # into C rows would be serial.
-    return jax.nn.one_hot(category, self.num_categories) @ vectors
+    one_hot = jax.nn.one_hot(category, self.num_categories)
+    return jnp.matmul(one_hot, vectors, precision=_EXACT)
 
   def _content(self, rows, batch):
     """-ln sigma(v_j M x_j) of every source that item j has (Eq. 7)."""
@@ -308,7 +312,7 @@ class MMM(nn.Module):
   def _mix(self, alpha, vectors, membership):
     """sum_k a_ik u_i^k (Eq. 13): [U, K], [U, K, d], [U, K] -> [U, d]."""
     weights = self._network_weights(alpha, membership)
-    return jnp.einsum("uk,ukd->ud", weights, vectors)
+    return jnp.einsum("uk,ukd->ud", weights, vectors, precision=_EXACT)
 
   def _categories(self, categories):
     """The two priors of w (Eq. 10), once there are categories."""
@@ -366,8 +370,7 @@ class MMM(nn.Module):
 
   def score(self, user: jax.Array, item: jax.Array) -> jax.Array:
     """[B, d] from `users`, [T, d] from `items` -> [B, T] logits."""
-    product = jnp.matmul(user, item.T, precision=jax.lax.Precision.HIGHEST)
-    return product * self._scale
+    return jnp.matmul(user, item.T, precision=_EXACT) * self._scale
 
   def score_pairs(self, user: jax.Array, item: jax.Array) -> jax.Array:
     """The score of each user with the item of the same row, [B, d] twice."""
@@ -390,8 +393,8 @@ class MMM(nn.Module):
     if self.interaction_loss == "softmax":
       square = jnp.sum((item + offset) ** 2, -1)
       scale = scale * jax.lax.rsqrt(square + 1e-12)
-    part = lambda rows: jnp.einsum("bd,bkd->bk", user, rows) * scale
-    return part(item), part(offset)
+    part = lambda rows: jnp.einsum("bd,bkd->bk", user, rows, precision=_EXACT)
+    return part(item) * scale, part(offset) * scale
 
 
 # --- from a config ---------------------------------------------------------
@@ -474,8 +477,8 @@ def term_weights(model: MMM, config) -> dict[str, float]:
   """The weight in Eq. 17 of every term that `MMM.loss` returns.
 
   Raises:
-    errors.InputError: `weights.overrides` is not a list of kind.name=value
-      with kinds and names that this run has.
+    errors.InputError: `weights.overrides` is not a list of kind=value or
+      kind.name=value with kinds and names that this run has.
   """
   kinds = {"user": (), "item": ()}
   if model.sources:
@@ -501,15 +504,18 @@ def _overrides(text: str, weights: dict) -> dict[str, float]:
     name, _, value = part.partition("=")
     term = name.strip().replace(".", "/", 1)
     if term not in weights:
-      known = ", ".join(n.replace("/", ".") for n in weights if "/" in n)
+      known = ", ".join(name.replace("/", ".") for name in weights)
       raise errors.InputError(
         f"weights.overrides: {part!r} names no term of this run; valid:"
-        f" kind.name=value with one of {known or 'none'}"
+        f" name=value with one of {known}"
       )
     try:
       found[term] = float(value)
     except ValueError:
+      found[term] = math.nan
+    if not 0 <= found[term] < math.inf:
       raise errors.InputError(
-        f"weights.overrides: {part!r} has {value!r} where a number should be"
-      ) from None
+        f"weights.overrides: {part!r} has {value!r} where a number from 0 on"
+        " should be"
+      )
   return found
