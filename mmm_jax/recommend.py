@@ -60,7 +60,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   Raises:
     errors.InputError: there is no finished run.
   """
-  for name in ("config.json", "manifest.json", "result.json"):
+  for name in ("config.json", "result.json", "manifest.json"):
     if not (workdir / name).exists():
       raise errors.InputError(
         f"{workdir} has no {name}: no finished run is there; train one with"

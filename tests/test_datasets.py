@@ -346,6 +346,11 @@ BAD = [
   ),
   (
     M,
+    edited(microlens.PAIRS, lambda d: d.replace(b"2 3", b"2 2")),
+    ["line 2", "'items'", "the item 2 again"],
+  ),
+  (
+    M,
     edited(microlens.TITLES, lambda d: d.replace(b"item,", b"video,")),
     [microlens.TITLES, "header", "video"],
   ),

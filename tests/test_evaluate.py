@@ -292,6 +292,20 @@ def drawn(interactions, protocol, seed, block):
   return lists[: len(user)]
 
 
+def test_a_user_with_more_than_a_list_lengthens_no_other_list():
+  # User 0 has 1,100 test items, user 1 has 3.
+  user = np.repeat([0, 1], [1100, 3])
+  item = np.concatenate([np.arange(1100), np.arange(3)])
+  interactions = candidates.Interactions(
+    user, item, np.full(1103, candidates.PARTS["test"]), 2, 3000
+  )
+  (block,) = candidates.draw(
+    interactions, protocol="pooled_1024", part="test", seed=0, block=2
+  )
+  listed = (np.asarray(block.items) >= 0).sum(1)
+  assert listed.tolist() == [1100, 1024]
+
+
 @pytest.mark.parametrize("protocol", candidates.SIZES)
 def test_candidates_depend_on_seed_and_split_only(protocol):
   interactions = make_interactions(50, 1100, 10)

@@ -119,7 +119,7 @@ def trained(tmp_path, budget_mb, engine):
   return kind, toy.to_host(engine.first(trainer.state))
 
 
-@pytest.mark.parametrize("engine", [(1, "mesh")])
+@pytest.mark.parametrize("engine", [(1, "mesh"), (8, "pmap")])
 def test_resident_and_streamed_runs_end_with_identical_parameters(
   tmp_path, engine
 ):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmm_jax import errors, kmeans
+from mmm_jax import clustering, errors, kmeans
 
 # Every new shape or block is compiled anew: they come from short lists.
 few = hypothesis.settings(max_examples=25, deadline=None)
@@ -299,3 +299,27 @@ def test_comparisons_do_not_see_labels(pairs, relabelled):
     kmeans.adjusted_rand_index(b, a)
   )
   assert 0 <= kmeans.normalised_mutual_information(a, b) <= 1
+
+
+def test_a_clustering_is_described_against_the_last_and_the_truth():
+  found = kmeans.Clustering(
+    np.array([0, 0, 1, 1]), np.zeros((2, 3)), np.float32(1.5), np.array([2, 2])
+  )
+  before, truth = np.array([0, 1, 1, 1]), np.array([1, 1, 0, -1])
+  assert clustering.describe_clusters(found, before, truth) == {
+    "kmeans/inertia": 1.5,
+    "kmeans/smallest": 2,
+    "kmeans/largest": 2,
+    "kmeans/sizes": [2, 2],
+    "kmeans/churn": 1 / 4,
+    # Pairs together in both: 1; in one: 2 and 3; of 6. Expected: 1.
+    "kmeans/ari_before": (1 - 1) / ((2 + 3) / 2 - 1),
+    # Of the three with a label: the same two classes.
+    "kmeans/nmi": 1,
+    "kmeans/ari": 1,
+    "kmeans/purity": 1,
+  }
+  first = clustering.describe_clusters(found, np.full(4, -1), None)
+  assert set(first) == {
+    "kmeans/inertia", "kmeans/smallest", "kmeans/largest", "kmeans/sizes",
+  }  # fmt: skip

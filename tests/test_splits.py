@@ -204,6 +204,12 @@ def test_bad_rows(tmp_path, rows, wanted):
   assert "\n" not in str(caught.value)
 
 
+def test_a_column_of_lists_is_named(tmp_path):
+  config = write_rows(tmp_path / "s.parquet", [(["u0"], "i0", "train")])
+  with pytest.raises(errors.InputError, match="column 'user': found list"):
+    splits.make(make_dataset([2, 1]), config)
+
+
 def test_bad_files(tmp_path):
   dataset = make_dataset([2])
   with pytest.raises(errors.InputError, match="no readable file"):

@@ -228,6 +228,44 @@ def test_a_spoilt_state_is_neither_saved_nor_validated(tmp_path, act):
   assert "last good checkpoint: step 0" in message
 
 
+# --- early stopping --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("ndcg", "stop", "best"),
+  [
+    ((0.1, 0.3, 0.2, 0.3), 4, 2),  # a tie is no improvement
+    ((0.1, 0.2, 0.15, 0.3, 0.4, 0.5), 6, 6),  # ended by `epochs`
+  ],
+)
+def test_patience_counts_evaluations_and_the_best_is_reported(
+  monkeypatch, tmp_path, ndcg, stop, best
+):
+  said = iter(ndcg)
+  monkeypatch.setattr(
+    train.scoring,
+    "score_protocols",
+    lambda *_: ({"full": {"valid": {"ndcg@20": next(said)}}}, {}),
+  )
+  config = toy.get_config(
+    "pmf", epochs=6, eval__every_epochs=1, eval__patience=2
+  )
+  data = toy.random_data(40, 60)
+  data.part = np.zeros(len(data.user), np.int8)
+  data.part[::9] = 1  # validation
+  run = toy.make_run(config, data)
+  trainer = train.Trainer(run, tmp_path, toy.make_engine())
+  trainer.start()
+  kept = train.train(trainer)
+  trainer.close()
+  assert trainer.step == stop * run.sizes.steps
+  assert kept.step == best * run.sizes.steps
+  assert kept.metric == ndcg[best - 1]
+  last = trainer.engine.first(trainer.state).tables["user"].rows
+  assert (kept.rows["user"] == last).all() == (best == stop)
+  assert trainer.manifest.values["best_step"] == kept.step
+
+
 # --- what is watched -------------------------------------------------------
 
 
