@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
 from mmm_jax import checkpoint, command, errors, logs, train, update
+import toy
 
 
 def make_tree(step):

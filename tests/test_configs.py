@@ -6,6 +6,7 @@ from absl import flags
 import ml_collections
 from ml_collections import config_flags
 import pytest
+
 import toy
 
 CONFIG = toy.ROOT / "configs" / "mmm.py"

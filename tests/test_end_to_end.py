@@ -17,9 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from pyarrow import parquet
 import pytest
-import runs
 
 from mmm_jax import input_pipeline, parallel
+import runs
 
 TINY = (f"{runs.CONFIG}:tiny", *runs.SHORT)
 USERS, ITEMS, INTERACTIONS = 300, 1200, 7500  # of `tiny`

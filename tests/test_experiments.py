@@ -5,10 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
-import runs
 from scipy import stats
 
 from mmm_jax import errors, experiments, significance, tabulate
+import runs
 
 # --- significance -------------------------------------------------------------
 

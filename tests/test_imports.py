@@ -4,6 +4,7 @@ import ast
 import graphlib
 
 import pytest
+
 import toy
 
 PACKAGE = toy.ROOT / "mmm_jax"

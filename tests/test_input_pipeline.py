@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-import toy
 
 from mmm_jax import input_pipeline, logs, sampling, train
+import toy
 
 PAD = sampling.PAD
 PICTURES = np.arange(12, dtype=np.float16).reshape(4, 3)

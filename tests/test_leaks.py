@@ -7,10 +7,10 @@ import math
 import jax
 import numpy as np
 import pytest
-import runs
 
 from mmm_jax import assemble, train
 from mmm_jax.datasets import base, simulated, splits
+import runs
 
 NUM_USERS, NUM_ITEMS = 40, 60
 SECRET = "secret"  # in every tag of a held-out pair, and nowhere else

@@ -4,14 +4,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import literal
 import numpy as np
 import optax
 import pytest
-import toy
 
+import literal
 from mmm_jax import assemble, errors, sampling, update
 from mmm_jax.models import layers, mmm
+import toy
 
 LAMBDA = {
   "content": 0.7,

@@ -7,9 +7,9 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
 from mmm_jax import errors, parallel
+import toy
 
 STEPS = 54  # six epochs of nine
 

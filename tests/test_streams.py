@@ -4,10 +4,10 @@ import types
 
 import numpy as np
 import pytest
-import toy
 
 from mmm_jax import errors, sampling, streams
 from mmm_jax.datasets import splits
+import toy
 
 PAD = sampling.PAD
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
 from mmm_jax import command, logs, sampling, train, update
+import toy
 
 # Loss of the first two steps; the second depends on every gradient.
 GOLDEN = {
