@@ -2,6 +2,7 @@
 
 import logging as std_logging
 import pathlib
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -27,6 +28,9 @@ def run(main) -> None:
   anything else.
   """
   _quieten()
+  # Whoever has something to save handles the two signals; before and after,
+  # SIGTERM is what Ctrl-C is.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
     app.run(main, flags_parser=_parse)
   except errors.InputError as error:
@@ -35,6 +39,8 @@ def run(main) -> None:
     _exit(f"error: {error}", FAILED)
   except Stopped as stopped:
     _exit(str(stopped), STOPPED)
+  except KeyboardInterrupt:
+    _exit("stopped; the same command continues", STOPPED)
 
 
 def _quieten() -> None:

@@ -171,7 +171,7 @@ def _is_recorded(cell, config) -> bool:
   path = _record_path(_SWEEP.value, cell.number)
   if not path.exists():
     return False
-  record = json.loads(path.read_text())
+  record = files.read_json(path)
   if record["hashes"]["config"] != hash_config(config):
     return False
   dataset = base.load(config.dataset, config.split)
@@ -211,8 +211,8 @@ def _train(cell, config, workdir):
 
 def _record(cell, config, workdir):
   """Writes tests/results/<sweep>/<cell>.json and, beside it, .npy."""
-  result = json.loads((workdir / "result.json").read_text())
-  manifest = json.loads((workdir / "manifest.json").read_text())
+  result = files.read_json(workdir / "result.json")
+  manifest = files.read_json(workdir / "manifest.json")
   path = _record_path(_SWEEP.value, cell.number)
   path.parent.mkdir(parents=True, exist_ok=True)
   with files.atomic(path.with_suffix(".npy")) as file:
@@ -292,7 +292,7 @@ def read_records(sweep: str) -> list[dict]:
         f" python -m mmm_jax.experiments run --sweep={sweep}"
         f" --cell={cell.number}"
       )
-    record = json.loads(path.read_text())
+    record = files.read_json(path)
     if record["hashes"]["config"] != hash_config(read_config(cell)):
       raise errors.InputError(
         f"{path} is of another config than cell {cell.line!r} has now; run it"
@@ -306,7 +306,8 @@ def read_records(sweep: str) -> list[dict]:
 def _replace_block(path, sweep, text):
   """Puts the table between <!-- table: SWEEP --> and <!-- end -->."""
   head, tail = f"<!-- table: {sweep} -->\n", "<!-- end -->"
-  old = path.read_text()
+  with files.explained(path, "read"):
+    old = path.read_text()
   before, found, rest = old.partition(head)
   _, ended, after = rest.partition(tail)
   if not (found and ended):

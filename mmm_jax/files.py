@@ -55,10 +55,18 @@ def plain(value: Any) -> Any:
 def atomic(path) -> Iterator[IO[bytes]]:
   """A binary file that takes its name only when complete and on the disk.
 
+  A link stays; what it points to is replaced.
+
   Raises:
-    InputError: it cannot be written; what stood at `path` is untouched.
+    InputError: it cannot be written, or is a device, a pipe or a folder; what
+      stood at `path` is untouched.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).resolve()
+  if path.exists() and not path.is_file():
+    raise errors.InputError(
+      f"Cannot write {path}: it is there and no regular file. Choose another"
+      " name."
+    )
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   with explained(path):
     try:
@@ -71,6 +79,25 @@ def atomic(path) -> Iterator[IO[bytes]]:
     finally:
       with contextlib.suppress(OSError):
         temporary.unlink()
+
+
+def read_json(path) -> dict:
+  """The JSON object in a file that an earlier session wrote.
+
+  Raises:
+    InputError: it cannot be read, or holds something else.
+  """
+  path = pathlib.Path(path)
+  try:
+    values = json.loads(path.read_bytes())
+    if not isinstance(values, dict):
+      raise ValueError(f"found {type(values).__name__}")
+    return values
+  except (OSError, ValueError) as error:
+    raise errors.InputError(
+      f"{path}: {error}; wanted the JSON object that an earlier session wrote. "
+      "Bring it back, delete it, or use another folder."
+    ) from error
 
 
 def write_json(path, value: Any) -> None:

@@ -49,7 +49,8 @@ def _read_config():
   try:
     config.dataset  # noqa: B018, a file that is absent only tells now
   except OSError as error:
-    raise errors.InputError(f"--config: {error}") from error
+    reason = str(error).strip().splitlines()[-1]
+    raise errors.InputError(f"--config: {reason}") from error
   return config
 
 

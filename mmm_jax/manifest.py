@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import contextlib
 import datetime
 import importlib.metadata
-import json
 import pathlib
 import platform
 import resource
@@ -53,6 +52,7 @@ class Manifest:
     self.path = pathlib.Path(workdir) / "manifest.json"
     self._primary = primary
     self._started = time.monotonic()
+    self._timing = {}  # {phase: since when it is not counted yet}
     before = read(self.path)
     check_same(self.path, before, data=data, split=split)
     now = _now()
@@ -82,16 +82,22 @@ class Manifest:
   @contextlib.contextmanager
   def timed(self, phase: str) -> Iterator[None]:
     """Adds the seconds spent inside to `wall_s[phase]`."""
-    start = time.monotonic()
+    self._timing[phase] = time.monotonic()
     try:
       yield
     finally:
-      spent = time.monotonic() - start
-      wall = self.values["wall_s"]
-      wall[phase] = wall.get(phase, 0.0) + spent
+      self._count(phase)
+      del self._timing[phase]
+
+  def _count(self, phase):
+    now, wall = time.monotonic(), self.values["wall_s"]
+    wall[phase] = wall.get(phase, 0.0) + now - self._timing[phase]
+    self._timing[phase] = now
 
   def write(self, *, finished: bool = False) -> None:
     """Writes what is known so far; at every checkpoint and at the end."""
+    for phase in self._timing:  # a kill would lose what is not written
+      self._count(phase)
     session_s = time.monotonic() - self._started
     self.values["wall_s"]["total"] = self._before_s + session_s
     self.values["updated"] = _now()
@@ -185,18 +191,7 @@ def read(path: pathlib.Path) -> dict:
   Raises:
     InputError: the file is there and is not a manifest.
   """
-  if not path.exists():
-    return {}
-  try:
-    values = json.loads(path.read_bytes())
-    if not isinstance(values, dict):
-      raise ValueError(f"found {type(values).__name__}")
-    return values
-  except (OSError, ValueError) as error:
-    raise errors.InputError(
-      f"{path}: {error}; wanted the JSON object that an earlier session wrote. "
-      "Delete the file, or use another --workdir."
-    ) from error
+  return files.read_json(path) if path.exists() else {}
 
 
 def _now() -> str:

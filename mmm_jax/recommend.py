@@ -66,7 +66,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
         f"{workdir} has no {name}: no finished run is there; train one with"
         f" python -m mmm_jax.main --config=... --workdir={workdir}"
       )
-  values = json.loads((workdir / "config.json").read_text())
+  values = files.read_json(workdir / "config.json")
   return ml_collections.ConfigDict(_with_tuples(values))
 
 
@@ -125,7 +125,9 @@ def choose_users(run: assemble.Run, wanted: str) -> np.ndarray:
         f" {run.dataset.name}{hint}"
       )
     users.append(known[raw])
-  return np.array(users, np.int32)
+  if not users:
+    raise errors.InputError("--users: found no id, wanted all, or ids")
+  return np.array(list(dict.fromkeys(users)), np.int32)
 
 
 def recommend(

@@ -6,7 +6,6 @@ epoch by epoch with K-means and validation in between, test once at the end.
 
 import contextlib
 import functools
-import json
 import logging
 import pathlib
 import signal
@@ -20,6 +19,7 @@ from mmm_jax import (
   checkpoint,
   clustering,
   command,
+  files,
   input_pipeline,
   logs,
   manifest,
@@ -334,15 +334,16 @@ def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
     folders.check_config(config, workdir)
     done = workdir / "result.json"
     if done.exists():
-      return json.loads(done.read_text())
+      return files.read_json(done)
     engine = parallel.make_engine(config)
     run = assemble.assemble(config)
     trainer = Trainer(run, workdir, engine)
     folders.write_inputs(run, workdir)
     started()
-    with contextlib.closing(trainer), stopping(trainer):
-      trainer.start()
-      best = train(trainer)
+    with contextlib.closing(trainer):
+      with stopping(trainer):
+        trainer.start()
+        best = train(trainer)
       with trainer.manifest.timed("evaluation"):
         result, per_user = scoring.score_protocols(
           run, best, ("valid", "test"), config.eval.protocols

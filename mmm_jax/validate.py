@@ -71,6 +71,7 @@ RANGES = {
   "remedies.encoder_decay": (0, math.inf),
   "remedies.mismatched_content": (0, math.inf),
   "remedies.alpha_prior": (0, math.inf),
+  "remedies.networks_in_user": (0, math.inf),
 }
 
 POSITIVE = (
@@ -107,6 +108,8 @@ def check(config) -> None:
     weight = key.startswith("weights.") and not isinstance(value, str)
     if weight and not 0 <= value < math.inf:
       _fail(key, value, "0 or more")
+  if not values["dataset.data_dir"]:
+    _fail("dataset.data_dir", "", "a folder for prepared sets")
   _check_lists(values)
   _check_batch(config)
 

@@ -30,13 +30,13 @@ def locked(workdir: pathlib.Path):
       ) from None
     try:
       yield
-    except errors.InputError:
+    except (errors.InputError, KeyboardInterrupt):
       _remove_if_empty(workdir)
       raise
 
 
 def _remove_if_empty(workdir):
-  """Leaves nothing of a run that bad input kept from starting."""
+  """Leaves nothing of a run that did not start."""
   if [path.name for path in workdir.iterdir()] == [".lock"]:
     with contextlib.suppress(OSError):
       (workdir / ".lock").unlink()
@@ -52,7 +52,7 @@ def check_config(config, workdir: pathlib.Path) -> None:
   path = workdir / "config.json"
   if not path.exists():
     return
-  old = dict(validate.leaves(json.loads(path.read_text())))
+  old = dict(validate.leaves(files.read_json(path)))
   new = dict(validate.leaves(json.loads(config.to_json())))
   keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
   if keys:
@@ -89,4 +89,4 @@ def write_results(
   per_user = {**per_user, "user": run.dataset.users[per_user["user"]]}
   files.write_parquet(workdir / "per_user.parquet", per_user)
   files.write_json(workdir / "result.json", result)
-  return json.loads((workdir / "result.json").read_text())
+  return files.read_json(workdir / "result.json")

@@ -3,7 +3,9 @@
 import fcntl
 import os
 import pathlib
+import signal
 import subprocess
+import time
 
 import pytest
 
@@ -81,6 +83,9 @@ NUMBERS = (
   "losses.squared.learning_rate=0.0",
   "losses.softmax.temperature=-1.0",
   "optimizer.b1=1.0",
+  "remedies.networks_in_user=-3.0",
+  "remedies.networks_in_user=nan",
+  "dataset.data_dir=",
 )
 
 # What only the data can tell.
@@ -190,6 +195,33 @@ def test_workdir_that_cannot_be_written(main, data, tmp_path):
   workdir = tmp_path / "file" / "run"
   done = main(f"{runs.CONFIG}:tiny", data, f"--workdir={workdir}")
   assert_refused(done, str(workdir), "--workdir")
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json"])
+def test_damaged_file_of_a_run(main, data, tmp_path, name):
+  (tmp_path / name).write_text("{bad")
+  done = main(f"{runs.CONFIG}:tiny", data, f"--workdir={tmp_path}")
+  assert_refused(done, str(tmp_path / name), "JSON object")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_before_training_is_resumable(tmp_path, number):
+  """While the data are being made up, which takes a while at full size."""
+  data_dir, workdir = tmp_path / "data", tmp_path / "run"
+  process = runs.start(
+    "mmm_jax.main", runs.CONFIG, f"--config.dataset.data_dir={data_dir}",
+    f"--workdir={workdir}", stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  deadline = time.monotonic() + 60
+  while not list(data_dir.glob(".simulated-*")):  # its lock
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(number)
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == 75, said
+  assert said == "stopped; the same command continues\n"
+  assert not workdir.exists()
+  assert not list(data_dir.glob("simulated-*"))
 
 
 def test_workdir_in_use(main, data, tmp_path):

@@ -469,6 +469,14 @@ def test_ids_with_a_gap(tmp_path):
     load(tmp_path, "tiktok")
 
 
+def test_vectors_that_float16_cannot_hold_are_refused(tmp_path):
+  write_tiktok(tmp_path / "raw")
+  path = tmp_path / "raw" / "audio_feat.npy"
+  np.save(path, np.load(path).astype(np.float32) + 1e6)
+  with pytest.raises(errors.InputError, match="audio of item 0.*65504"):
+    load(tmp_path, "tiktok")
+
+
 def test_pickled_array_is_refused(tmp_path):
   write_tiktok(tmp_path / "raw")
   np.save(tmp_path / "raw" / "image_feat.npy", np.array([{}]), True)

@@ -65,6 +65,25 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, write):
   assert path.read_text() == "before"
 
 
+def test_a_link_stays_and_a_device_is_refused(tmp_path):
+  (tmp_path / "there").write_text("old")
+  (tmp_path / "link").symlink_to(tmp_path / "there")
+  files.write_json(tmp_path / "link", {"a": 1})
+  assert (tmp_path / "link").is_symlink()
+  assert files.read_json(tmp_path / "there") == {"a": 1}
+  for path in ("/dev/null", tmp_path):
+    with pytest.raises(errors.InputError, match="no regular file"):
+      files.write_json(path, {})
+  assert not os.path.isfile("/dev/null")
+
+
+@pytest.mark.parametrize("text", ["{bad", "[1]", ""])
+def test_what_is_no_json_object_is_named(tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(errors.InputError, match="config.json: .*JSON object"):
+    files.read_json(tmp_path / "config.json")
+
+
 def test_an_unwritable_folder_is_one_message(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(

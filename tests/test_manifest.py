@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 
@@ -47,6 +48,19 @@ def test_other_data_or_another_split_do_not_continue_a_run(tmp_path, kind):
   with pytest.raises(errors.InputError, match=f"the {kind} changed"):
     manifest.Manifest(tmp_path, **now, primary=True)
   assert (tmp_path / "manifest.json").read_bytes() == before
+
+
+def test_times_of_a_killed_session_count_up_to_its_last_writing(tmp_path):
+  killed = open_manifest(tmp_path)
+  with killed.timed("training"):
+    time.sleep(0.05)
+    killed.write()
+    written = json.loads((tmp_path / "manifest.json").read_text())
+  assert 0.05 <= written["wall_s"]["training"] < 1
+  again = open_manifest(tmp_path)
+  with again.timed("training"):
+    time.sleep(0.05)
+  assert again.values["wall_s"]["training"] >= 0.1
 
 
 def test_manifest_of_other_processes_is_not_written(tmp_path):

@@ -187,11 +187,23 @@ def item_records(raw: base.RawData) -> Iterator[dict]:
     if raw.title is not None:
       record["title"] = raw.title[item]
     for source in sources:
-      row = np.asarray(next(rows[source]), np.float16)
+      row = _as_float16(next(rows[source]), source, name)
       record[source] = row if present[source][item] else np.zeros_like(row)
     for source, mask in present.items():
       record[f"present_{source}"] = bool(mask[item])
     yield record
+
+
+def _as_float16(row, source, item):
+  with np.errstate(over="ignore"):
+    narrow = np.asarray(row, np.float16)
+  if not np.isfinite(narrow).all():
+    raise errors.InputError(
+      f"{source} of item {item}: found {np.abs(row).max():g} in its vector,"
+      f" wanted finite numbers up to {np.finfo(np.float16).max:g} (they are"
+      " kept as float16); scale the vectors first"
+    )
+  return narrow
 
 
 def prepare(folder: pathlib.Path, name: str, make_raw) -> pathlib.Path:
