@@ -22,7 +22,7 @@ from absl import flags
 import numpy as np
 from pyarrow import parquet
 
-from mmm_jax import command, errors, files, tabulate
+from mmm_jax import command, errors, files, manifest, tabulate
 from mmm_jax.datasets import base, splits
 
 _CONFIGS = pathlib.Path("configs")
@@ -135,7 +135,10 @@ def _run():
   for cell in chosen:
     config = read_config(cell)
     config.dataset.manual_dir = manual_dirs.get(cell.dataset, "")
-    if _is_recorded(cell, config):
+    dataset = base.load(config.dataset, config.split)
+    split = splits.make(dataset, config.split)
+    now = {"data": dataset.fingerprint, "split": split.fingerprint}
+    if _is_recorded(cell, config, now):
       print(f"{cell.line}: recorded already", file=sys.stderr)
       continue
     print(cell.line, file=sys.stderr)
@@ -143,12 +146,9 @@ def _run():
     name = f"{cell.number}-{hash_config(config)[:12]}"
     workdir = pathlib.Path(_WORKDIR.value, _SWEEP.value, name)
     _train(cell, config, workdir)
+    path = workdir / "manifest.json"
+    manifest.check_same(path, manifest.read(path), **now)
     _record(cell, config, workdir)
-    if not _is_recorded(cell, config):
-      raise errors.InputError(
-        f"{workdir} holds a finished run on other data than there are now;"
-        " delete it and run again"
-      )
 
 
 def _manual_dirs() -> dict[str, str]:
@@ -166,18 +166,14 @@ def _record_path(sweep, number) -> pathlib.Path:
   return _RESULTS / sweep / f"{number}.json"
 
 
-def _is_recorded(cell, config) -> bool:
-  """Whether a record is there, of the same config, data and split."""
+def _is_recorded(cell, config, now) -> bool:
+  """Whether a record is there, of the same config, data and split (`now`)."""
   path = _record_path(_SWEEP.value, cell.number)
   if not path.exists():
     return False
   record = files.read_json(path)
-  if record["hashes"]["config"] != hash_config(config):
-    return False
-  dataset = base.load(config.dataset, config.split)
-  split = splits.make(dataset, config.split)
-  now = {"data": dataset.fingerprint, "split": split.fingerprint}
-  return now.items() <= record["hashes"].items()
+  wanted = {"config": hash_config(config), **now}
+  return all(record["hashes"][name] == wanted[name] for name in wanted)
 
 
 def _train(cell, config, workdir):
@@ -212,7 +208,7 @@ def _train(cell, config, workdir):
 def _record(cell, config, workdir):
   """Writes tests/results/<sweep>/<cell>.json and, beside it, .npy."""
   result = files.read_json(workdir / "result.json")
-  manifest = files.read_json(workdir / "manifest.json")
+  made = manifest.read(workdir / "manifest.json")
   path = _record_path(_SWEEP.value, cell.number)
   path.parent.mkdir(parents=True, exist_ok=True)
   with files.atomic(path.with_suffix(".npy")) as file:
@@ -225,14 +221,14 @@ def _record(cell, config, workdir):
     "strata": {"full": strata.get("full", {})},
     "hashes": {
       "config": hash_config(config),
-      "data": manifest["data"],
-      "split": manifest["split"],
+      "data": made["data"],
+      "split": made["split"],
       "candidates": candidates,
     },
-    "revision": manifest["git_revision"],
-    "device": manifest["device"]["kind"],
-    "seconds": manifest["wall_s"],
-    "peak_memory_mb": manifest["peak_memory_mb"],
+    "revision": made["git_revision"],
+    "device": made["device"]["kind"],
+    "seconds": made["wall_s"],
+    "peak_memory_mb": made["peak_memory_mb"],
     **_progress(workdir, config),
   }
   files.write_json(path, values)

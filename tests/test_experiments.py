@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mmm_jax import errors, experiments, significance, tabulate
+from mmm_jax import errors, experiments, files, significance, tabulate
 import runs
 
 # --- significance -------------------------------------------------------------
@@ -198,6 +198,15 @@ def test_a_cell_is_run_once_recorded_and_tabled(root):
   table = call(root, "table").out
   assert f"{mean:.4f}" in table
   assert table in readme.read_text() and "old" not in readme.read_text()
+
+  # The folder's run is of other data: nothing is recorded of it.
+  (folder / "0.json").unlink()
+  path = workdir / "manifest.json"
+  path.write_text(path.read_text().replace(found["hashes"]["data"], "other"))
+  refused = call(root, "run")
+  assert refused.code == 2 and "the data changed" in refused.err
+  assert not (folder / "0.json").exists()
+  files.write_json(folder / "0.json", found)
 
   # Another config: the record no longer stands for the cell.
   write_sweep(root, seed=6)

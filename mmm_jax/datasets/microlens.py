@@ -76,21 +76,17 @@ def _histories(file, rows, titles):
       file.fail(
         f"line {line}, column 'user'", f"user {number} again", "each user once"
       )
-    watched = items.split(" ")
-    histories[number] = np.array(
-      [
-        rawfiles.known(file, line, "items", item, positions, TITLES)
-        for item in watched
-      ],
-      np.int32,
-    )
-    if len(set(watched)) < len(watched):
-      again = next(item for item in watched if watched.count(item) > 1)
-      file.fail(
-        f"line {line}, column 'items'",
-        f"the item {again} again",
-        "each item once in a user's history",
-      )
+    watched = {}  # in order; 2 and 02 are one item
+    for item in items.split(" "):
+      position = rawfiles.known(file, line, "items", item, positions, TITLES)
+      if position in watched:
+        file.fail(
+          f"line {line}, column 'items'",
+          f"the item {item} again",
+          "each item once in a user's history",
+        )
+      watched[position] = True
+    histories[number] = np.fromiter(watched, np.int32)
   used = np.zeros(len(titles), bool)
   used[np.concatenate(list(histories.values()))] = True
   rawfiles.check_all_used(file, TITLES, list(titles), used)
