@@ -195,17 +195,8 @@ def negatives(
   key = jax.random.fold_in(jax.random.key(seed), _NEGATIVES)
   shape = (*user.shape, count)
   if resample:
-    key = jax.random.fold_in(key, step)
-    draw = lambda number: jax.random.bits(
-      jax.random.fold_in(key, number), shape[1:]
-    )
-    bits = jax.vmap(draw)(shard)
-  else:
-    draw = lambda number, place: jax.random.bits(
-      jax.random.fold_in(jax.random.fold_in(key, number), place), (count,)
-    )
-    numbers = jnp.broadcast_to(shard[:, None], places.shape)
-    bits = jax.vmap(jax.vmap(draw))(numbers, places)
+    key, places = jax.random.fold_in(key, step), jnp.arange(user.shape[1])
+  bits = bits_at(key, shard[:, None, None], places[..., None], range(count))
   real = user != PAD
   user = jnp.where(real, user, 0)
   unseen = num_items - (seen.indptr[user + 1] - seen.indptr[user])
@@ -266,6 +257,19 @@ def neighbours(
   found = network.indices.at[start[:, None] + at].get(mode="clip")
   wanted = (place < degree[:, None]) & real[:, None]
   return jnp.where(wanted, found, PAD)
+
+
+def bits_at(key: jax.Array, *coordinates) -> jax.Array:
+  """32 random bits for every combination of coordinates, which broadcast.
+
+  A hash of a few multiplications: where a step draws by the thousand, the
+  generator behind `jax.random` would take a tenth of it.
+  """
+  first, last = jax.random.bits(key, (2,))
+  x = first
+  for coordinate in coordinates:
+    x = scramble(x + jnp.asarray(coordinate).astype(jnp.uint32))
+  return scramble(x ^ last)
 
 
 def scramble(x: jax.Array) -> jax.Array:

@@ -9,12 +9,12 @@ repeats).
 """
 
 from collections.abc import Callable
-import functools
 from typing import NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmm_jax import sampling
 
@@ -77,17 +77,31 @@ def create(rows: jax.Array, rule: Optimizer) -> Table:
   return Table(jnp.concatenate([rows, *zeros], axis=1), rows.shape[1])
 
 
-def gather(tables: dict[str, Table], lookups):
-  """Rows for `lookups`, {table: {use: ids [...]}} -> the same with [..., d]."""
-  return {
-    name: jax.tree.map(functools.partial(look_up, tables[name]), uses)
-    for name, uses in lookups.items()
-  }
+class Touched(NamedTuple):
+  """What a step reads of a table: once, for the loss and for the update."""
+
+  ids: jax.Array  # [n], PAD for none
+  packed: jax.Array  # [n, (1 + moments) * d], zeros where an id is PAD
 
 
-def look_up(table: Table, ids: jax.Array) -> jax.Array:
-  """Rows [..., d] of ids [...], zeros where an id is PAD."""
-  return table.rows.at[ids].get(mode="fill", fill_value=0)
+def touch(table: Table, ids: jax.Array) -> Touched:
+  """Reads the packed rows of ids [n]."""
+  return Touched(ids, table.packed.at[ids].get(mode="fill", fill_value=0))
+
+
+def touch_uses(table: Table, uses: dict[str, jax.Array]) -> Touched:
+  """Reads the packed rows of {use: ids [...]}, one use after the other."""
+  ids = [each.reshape(-1) for each in jax.tree.leaves(uses)]
+  return touch(table, jnp.concatenate(ids))
+
+
+def rows_of_uses(table: Table, uses: dict[str, jax.Array], touched: Touched):
+  """The rows that `touch_uses` has read, by use: {use: [..., d]}."""
+  each, structure = jax.tree.flatten(uses)
+  ends = np.cumsum([ids.size for ids in each])
+  rows = jnp.split(touched.packed[:, : table.width], ends[:-1])
+  shaped = [r.reshape(*ids.shape, -1) for r, ids in zip(rows, each)]
+  return jax.tree.unflatten(structure, shaped)
 
 
 def new_slots(tables: dict[str, Table]) -> dict[str, jax.Array]:
@@ -101,14 +115,14 @@ def new_slots(tables: dict[str, Table]) -> dict[str, jax.Array]:
 def update_rows(
   table: Table,
   slot: jax.Array,
-  ids: jax.Array,
+  touched: Touched,
   grads: jax.Array,
   *,
   rule: Optimizer,
   rate: jax.Array,
   count: jax.Array,
 ) -> tuple[Table, jax.Array]:
-  """Updates the rows in `ids`, each once, with the sum of its gradients.
+  """Updates the touched rows, each once, with the sum of its gradients.
 
   Repeats are found by a reverse index instead of a sort: every occurrence
   writes its place to `slot[id]`, and the one that is found there afterwards
@@ -117,7 +131,7 @@ def update_rows(
   Args:
     table: the table.
     slot: [R] int32 scratch; any content.
-    ids: [n], PAD for none.
+    touched: rows of this table.
     grads: [n, d].
     rule: row-wise optimiser.
     rate: learning rate.
@@ -126,12 +140,15 @@ def update_rows(
   Returns:
     The table and the scratch.
   """
+  ids, old = touched
   place = jnp.arange(ids.shape[0], dtype=jnp.int32)
   slot = slot.at[ids].set(place, mode="drop")
   owner = slot.at[ids].get(mode="fill", fill_value=sampling.PAD)
-  grads = jnp.zeros_like(grads).at[owner].add(grads, mode="drop")
-  ids = jnp.where(owner == place, ids, sampling.PAD)
-  old = table.packed.at[ids].get(mode="fill", fill_value=0)
+  owned = owner == place
+  # An owner has its own gradient already.
+  others = jnp.where(owned, sampling.PAD, owner)
+  grads = grads.at[others].add(grads, mode="drop")
+  ids = jnp.where(owned, ids, sampling.PAD)
   new = _stepped(old, grads, table.width, rule, rate, count)
   return table.replace(packed=table.packed.at[ids].set(new, mode="drop")), slot
 

@@ -112,7 +112,7 @@ def train_step(
     sums = {name: (term.total, term.count) for name, term in watched.items()}
     return loss, ({"loss": loss, **values}, sums)
 
-  rows = tables.gather(state.tables, lookups)
+  rows, touched = rows_touched(state.tables, lookups)
   grads, seen = jax.grad(objective, argnums=(0, 1), has_aux=True)(
     state.params, rows
   )
@@ -120,7 +120,7 @@ def train_step(
   updates, opt_state = dense_optimizer(config).update(
     dense_grads, state.opt_state, state.params
   )
-  new_tables, slots = _update_tables(state, slots, lookups, grads[1], config)
+  new_tables, slots = _update_tables(state, slots, touched, grads[1], config)
   values["learning_rate"] = learning_rate(config)(state.step)
   state = state.replace(
     step=state.step + 1,
@@ -129,6 +129,16 @@ def train_step(
     tables=new_tables,
   )
   return state, slots, (values, watched)
+
+
+def rows_touched(all_tables, lookups) -> tuple[dict, dict]:
+  """Rows for `lookups`, by table and use, and the `tables.Touched` of each."""
+  rows, touched = {}, {}
+  for name, uses in lookups.items():
+    table = all_tables[name]
+    touched[name] = tables.touch_uses(table, uses)
+    rows[name] = tables.rows_of_uses(table, uses, touched[name])
+  return rows, touched
 
 
 def _mean(term: losses.Term):
@@ -146,24 +156,22 @@ def _sums(term: losses.Term, steps: int):
   return term.total * steps
 
 
-def _update_tables(state, slots, lookups, grads, config):
+def _update_tables(state, slots, touched, grads, config):
   rule, rate = row_rule(config), learning_rate(config)(state.step)
   settings = dict(rule=rule, rate=rate, count=state.step + 1)
   new_tables, new_slots = dict(state.tables), dict(slots)
-  for name, uses in lookups.items():
-    ids = jnp.concatenate([use.reshape(-1) for use in jax.tree.leaves(uses)])
-    width = state.tables[name].width
-    parts = [part.reshape(-1, width) for part in jax.tree.leaves(grads[name])]
-    ids, grad = lax.all_gather(
-      (ids, jnp.concatenate(parts)), parallel.AXIS, tiled=True
-    )
+  for name, read in touched.items():
+    table = state.tables[name]
+    parts = jax.tree.leaves(grads[name])
+    grad = jnp.concatenate([part.reshape(-1, table.width) for part in parts])
+    if lax.axis_size(parallel.AXIS) > 1:
+      ids, grad = lax.all_gather((read.ids, grad), parallel.AXIS, tiled=True)
+      read = tables.touch(table, ids)
     if config.tables["update"] == "dense":
-      new_tables[name] = tables.update_dense(
-        state.tables[name], ids, grad, **settings
-      )
+      new_tables[name] = tables.update_dense(table, read.ids, grad, **settings)
     else:
       new_tables[name], new_slots[name] = tables.update_rows(
-        state.tables[name], slots[name], ids, grad, **settings
+        table, slots[name], read, grad, **settings
       )
   return new_tables, new_slots
 

@@ -282,7 +282,7 @@ def loss_terms(model, tables, batch, categories=None, params=None):
     name: update.tables.create(jnp.asarray(rows), rule)
     for name, rows in tables.items()
   }
-  rows = update.tables.gather(whole, model.lookups(batch))
+  rows = update.rows_touched(whole, model.lookups(batch))[0]
   terms, _ = model.apply(
     {"params": params or {}}, rows, batch, categories, method="loss"
   )

@@ -22,7 +22,13 @@ def rule_of(name):
 @functools.partial(jax.jit, static_argnames="name")
 def by_rows(table, slot, ids, grads, count, *, name):
   return tables.update_rows(
-    table, slot, ids, grads, rule=rule_of(name), rate=RATE, count=count
+    table,
+    slot,
+    tables.touch(table, ids),
+    grads,
+    rule=rule_of(name),
+    rate=RATE,
+    count=count,
   )
 
 
@@ -131,19 +137,25 @@ def test_dense_adam_moves_a_row_that_pauses_and_the_lazy_one_does_not():
   assert (dense.rows[0] != before[1].rows[0]).all()
 
 
-def test_look_up_gives_zeros_for_padding():
+def test_touching_reads_rows_and_moments_and_zeros_for_padding():
   table = start("adam")
-  found = tables.look_up(table, jnp.array([[1, PAD], [5, 0]]))
-  assert found.shape == (2, 2, DIM)
-  assert (found[0, 0] == table.rows[1]).all()
-  assert (found[0, 1] == 0).all()
+  table = table.replace(packed=table.packed + 0.5)
+  found = tables.touch(table, jnp.array([1, PAD, 5]))
+  assert (found.ids == jnp.array([1, PAD, 5])).all()
+  assert (found.packed[0] == table.packed[1]).all()
+  assert (found.packed[1] == 0).all()
+  assert (found.packed[2] == table.packed[5]).all()
 
 
-def test_gather_keeps_the_structure_of_the_lookups():
-  lookups = {"user": {"a": jnp.array([1]), "b": jnp.array([[0, PAD]])}}
-  found = tables.gather({"user": start("sgd"), "item": start("sgd")}, lookups)
-  assert found.keys() == {"user"}
-  assert found["user"]["b"].shape == (1, 2, DIM)
+def test_rows_come_back_in_the_shapes_of_their_uses():
+  table = start("adam")
+  uses = {"b": jnp.array([[0, PAD], [2, 2]]), "a": jnp.array([1])}
+  found = tables.rows_of_uses(table, uses, tables.touch_uses(table, uses))
+  assert found["a"].shape == (1, DIM)
+  assert found["b"].shape == (2, 2, DIM)
+  assert (found["a"][0] == table.rows[1]).all()
+  assert (found["b"][1, 0] == table.rows[2]).all()
+  assert (found["b"][0, 1] == 0).all()
 
 
 def test_scratch_is_as_long_as_the_table():

@@ -25,8 +25,7 @@ class TextCNN(nn.Module):
     kernel, bias = self._filters(words.shape[-1])
     features = self._windows(words) @ kernel + bias
     # A window may run past the end of a text, but must start inside it.
-    features = jnp.where(mask[..., None], features, -jnp.inf)
-    pooled = nn.relu(jnp.max(features, -2))
+    pooled = nn.relu(max_over_time(features, mask))
     return nn.relu(nn.Dense(self.dim, name="dense")(pooled))
 
   def _filters(self, size):
@@ -54,6 +53,32 @@ class TextCNN(nn.Module):
     padded = jnp.pad(words, pad)
     shifted = [padded[..., at : at + length, :] for at in range(longest)]
     return jnp.concatenate(shifted, -1)
+
+
+@jax.custom_vjp
+def max_over_time(features: jax.Array, mask: jax.Array) -> jax.Array:
+  """Maximum of [..., L, F] over the L under the mask [..., L]; else -inf.
+
+  All the gradient goes to the first of equal maxima. `jnp.max` would share it
+  out, which takes a tenth of the time of an epoch longer.
+  """
+  return jnp.max(jnp.where(mask[..., None], features, -jnp.inf), -2)
+
+
+def _max_forward(features, mask):
+  best = max_over_time(features, mask)
+  at, length = jnp.arange(mask.shape[-1])[:, None], mask.shape[-1]
+  found = mask[..., None] & (features == best[..., None, :])
+  return best, (jnp.min(jnp.where(found, at, length), -2), mask)
+
+
+def _max_backward(kept, grad):
+  place, mask = kept
+  at = jnp.arange(mask.shape[-1])[:, None]
+  return jnp.where(place[..., None, :] == at, grad[..., None, :], 0), None
+
+
+max_over_time.defvjp(_max_forward, _max_backward)
 
 
 class DenseEncoder(nn.Module):

@@ -1,0 +1,411 @@
+"""Speed of training and evaluation on this machine, and of `implicit` beside.
+
+    python tests/benchmarks/speed.py --out=speed.json
+        [--manual_dir=microlens=DIR] [--only=pmf,mmm]
+
+Medians of five after compilation, with the values of configs/mmm.py but for
+what the text of a measurement names. Needs the extra `test`; no real data,
+except for the lists of MicroLens, which are left out without --manual_dir.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import sparse
+
+from mmm_jax import (
+  assemble,
+  command,
+  input_pipeline,
+  logs,
+  parallel,
+  recommend,
+  scoring,
+  train,
+)
+from mmm_jax.datasets import splits
+
+ROOT = pathlib.Path(__file__).parents[2]
+REPEATS = 5
+NEVER = 10**6
+LARGE = 1_000_000  # users and items of B4
+PER_USER = 8  # interactions of the made-up users of B4
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+  parser.add_argument("--manual_dir", default="", help="microlens=DIR")
+  parser.add_argument("--only", default="", help=f"of {', '.join(MEASURED)}")
+  parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+  flags = parser.parse_args()
+  if flags.rows:
+    print(json.dumps(measure_rows(flags.rows)))
+    return
+  command.cache_compilations("~/.cache/mmm_jax")
+  wanted = flags.only.split(",") if flags.only else list(MEASURED)
+  found = {}
+  for name in wanted:
+    start = time.perf_counter()
+    values = MEASURED[name](flags)
+    print(f"[{time.perf_counter() - start:.0f} s] {json.dumps(values)}")
+    found |= values
+  if flags.out:
+    flags.out.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+
+
+def median_seconds(function, *, warm=1) -> float:
+  """Of REPEATS calls, after `warm` that do not count."""
+  seconds = []
+  for _ in range(warm + REPEATS):
+    start = time.perf_counter()
+    function()
+    seconds.append(time.perf_counter() - start)
+  return statistics.median(seconds[warm:])
+
+
+def get_config(variants="", **changes):
+  """configs/mmm.py without validation; `a__b=value` changes the key a.b."""
+  path = ROOT / "configs" / "mmm.py"
+  spec = importlib.util.spec_from_file_location("speed_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(variants)
+  config.epochs = NEVER
+  config.eval.every_epochs = NEVER - 1
+  config.checkpoint.every_seconds = float(NEVER)
+  config.log.tensorboard = False
+  config.parallel.devices = 1
+  config.update_from_flattened_dict(
+    {key.replace("__", "."): value for key, value in changes.items()}
+  )
+  return config
+
+
+class Training:
+  """A trainer in a folder of its own that is gone afterwards."""
+
+  def __init__(self, config, run=None):
+    self._folder = tempfile.mkdtemp(prefix="mmm_jax-speed-")
+    self.run = run or assemble.assemble(config)
+    engine = parallel.make_engine(config)
+    self.trainer = train.Trainer(self.run, pathlib.Path(self._folder), engine)
+    self.trainer.start()
+    self._progress = logs.Progress(NEVER, done=0, primary=False)
+
+  def epoch(self):
+    self.trainer.train_epoch(self._progress)
+    jax.block_until_ready(self.trainer.state)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.trainer.close()
+    shutil.rmtree(self._folder)
+
+
+# --- the machine, and what others do on it ----------------------------------
+
+
+def machine(_):
+  """Product of two matrices, and reading memory, as fast as they go."""
+  a = jnp.ones((2048, 2048))
+  product = jax.jit(lambda a: a @ a)
+  seconds = median_seconds(lambda: product(a).block_until_ready(), warm=2)
+  large = jnp.ones(2**26)  # 256 MiB
+  total = jax.jit(jnp.sum)
+  reading = median_seconds(lambda: total(large).block_until_ready(), warm=2)
+  return {
+    "cores": len(os.sched_getaffinity(0)),
+    "matmul_gflop_per_s": 2 * 2048**3 / seconds / 1e9,
+    "memory_gb_per_s": large.nbytes / reading / 1e9,
+  }
+
+
+def implicit_bpr(_):
+  """`implicit`'s BPR: pairs a second, its first epoch left out."""
+  os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as implicit asks for
+  from implicit import bpr
+
+  run = assemble.assemble(get_config("pmf"))
+  known = run.interactions
+  training = known.part == splits.TRAIN
+  positives = sparse.csr_matrix(
+    (
+      np.ones(training.sum(), np.float32),
+      (known.user[training], known.item[training]),
+    ),
+    shape=(known.num_users, known.num_items),
+  )
+  ends = []
+  model = bpr.BayesianPersonalizedRanking(
+    factors=64,
+    iterations=1 + 4 * REPEATS,
+    num_threads=2,
+    verify_negative_samples=True,
+    random_state=0,
+  )
+  model.fit(
+    positives,
+    show_progress=False,
+    callback=lambda *_: ends.append(time.perf_counter()),
+  )
+  return {
+    "implicit_pairs_per_s": positives.nnz
+    * (len(ends) - 1)
+    / (ends[-1] - ends[0])
+  }
+
+
+# --- training ---------------------------------------------------------------
+
+
+def pmf(_):
+  """B1: whole epochs with 5 negatives each, checked against the positives."""
+  config = get_config("pmf")
+  with Training(config) as training:
+    seconds = median_seconds(training.epoch, warm=2)
+    positives = training.run.sizes.num_train
+  samples = positives * (1 + config.negatives.per_positive)
+  return {
+    "pmf_epoch_s": seconds,
+    "pmf_samples_per_s": samples / seconds,
+    "pmf_pairs_per_s": samples / seconds - positives / seconds,
+  }
+
+
+def mmm(_):
+  """B2: whole epochs of all terms, with sampling and the Lloyd pass."""
+  with Training(get_config(network__neighbour_cap=16)) as training:
+    seconds = median_seconds(training.epoch, warm=2)
+  return {"mmm_epoch_s": seconds}
+
+
+def streamed(_):
+  """B5: 4096-d content read anew in each epoch, against resident content."""
+  config = get_config(network__neighbour_cap=16, input__content_budget_mb=0.0)
+  with Training(config) as training:
+    seconds = median_seconds(training.epoch, warm=2)
+    run = training.run
+  items = np.arange(run.sizes.num_items, dtype=np.int32)
+  batches = items[: len(items) // 256 * 256].reshape(-1, 256)
+
+  def read():
+    for _ in input_pipeline.read(run.content, batches, config):
+      pass
+
+  reading = median_seconds(read)
+  return {
+    "mmm_streamed_epoch_s": seconds,
+    "content_items_per_s": batches.size / reading,
+  }
+
+
+# --- tables of a million rows -----------------------------------------------
+
+
+def row_updates(_):
+  """B4: the step with a million users and items against the paper's size."""
+  rows = []
+  for size in (0, LARGE):
+    done = subprocess.run(
+      [sys.executable, __file__, f"--rows={size or 1}"],
+      check=True,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    rows.append(json.loads(done.stdout.splitlines()[-1]))
+  small, large = rows
+  return {
+    "row_update_ratio": large["step_ms"] / small["step_ms"],
+    "step_ms_paper_size": small["step_ms"],
+    "step_ms_million_rows": large["step_ms"],
+    "table_memory_ratio": large["peak_mb"] / large["tables_mb"],
+  }
+
+
+def measure_rows(size) -> dict:
+  """Time of a step and peak of memory, for `size` users and items."""
+  users, items = (size, size) if size > 1 else (9412, 19058)
+  config = get_config("pmf")
+  run = assemble.build(
+    config, made_up(users, items), split_of(users), assemble.Text()
+  )
+  before = resident_mb("VmRSS")
+  with Training(config, run) as training:
+    trainer = training.trainer
+    plan = trainer._plan(trainer.shards, np.int32(0))
+    jax.block_until_ready(plan)
+    reset_peak()
+    num_steps = min(config.log.every_steps, run.sizes.steps)
+
+    def chunk():
+      trainer.state, _ = trainer._chunk(
+        np.int32(num_steps),
+        trainer.state,
+        trainer.shards,
+        trainer.shared,
+        plan,
+        trainer.resident,
+      )
+      jax.block_until_ready(trainer.state)
+
+    seconds = median_seconds(chunk, warm=2)
+    peak = resident_mb("VmHWM") - before
+    streams = sum(
+      x.nbytes for x in jax.tree.leaves((trainer.shards, trainer.shared, plan))
+    )
+    tables = sum(
+      table.packed.nbytes + 4 * table.packed.shape[0]
+      for table in trainer.state.tables.values()
+    )
+  return {
+    "step_ms": 1000 * seconds / num_steps,
+    "peak_mb": peak - streams / 2**20,
+    "tables_mb": tables / 2**20,
+  }
+
+
+@functools.cache
+def made_up(users, items):
+  """Interactions without structure, as far as training reads a data set."""
+  rng = np.random.default_rng(0)
+  return types.SimpleNamespace(
+    name="made up",
+    users=range(users),
+    items=range(items),
+    user=np.repeat(np.arange(users, dtype=np.int32), PER_USER),
+    item=rng.integers(items, size=users * PER_USER, dtype=np.int32),
+    networks={},
+    vectors={},
+    present={},
+    records=np.arange(items),
+    item_source=None,
+    category=None,
+    statistics={},
+    fingerprint="",
+  )
+
+
+def split_of(users):
+  return splits.Split(np.zeros(users * PER_USER, np.int8), "")
+
+
+def reset_peak():
+  pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_mb(key) -> float:
+  lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+  (line,) = (line for line in lines if line.startswith(key + ":"))
+  return int(line.split()[1]) / 2**10
+
+
+# --- evaluation and use -----------------------------------------------------
+
+
+def full_evaluation(_):
+  """B3: all metrics of `full`, paper-sized."""
+  run = assemble.assemble(get_config("pmf"))
+  best = scoring.snapshot(assemble.initial_state(run), -np.inf)
+  score = lambda: scoring.score_protocols(run, best, ("test",), ("full",))
+  return {"full_eval_s": median_seconds(score)}
+
+
+def microlens_lists(flags):
+  """B3: 20 items for all users of MicroLens, to Parquet, after loading."""
+  name, _, folder = flags.manual_dir.partition("=")
+  if name != "microlens":
+    return {}
+  config = get_config(
+    "cat", dataset__name="microlens", dataset__manual_dir=folder
+  )
+  run = assemble.assemble(config)
+  best = scoring.snapshot(assemble.initial_state(run), -np.inf)
+  users = recommend.choose_users(run, "all")
+  with tempfile.TemporaryDirectory() as place:
+    path = pathlib.Path(place, "lists.parquet")
+
+    def lists():
+      recommend.write(
+        path, recommend.recommend(run, best, users, k=20), "parquet"
+      )
+
+    return {"microlens_lists_s": median_seconds(lists)}
+
+
+def start(_):
+  """B5: from the command to its first logged step, on prepared data."""
+  home = pathlib.Path("~/.cache/mmm_jax").expanduser()
+  assemble.assemble(get_config())  # prepares the data
+  with tempfile.TemporaryDirectory() as place:
+    data_dir = pathlib.Path(place, "data")
+    data_dir.mkdir()
+    for path in home.glob("simulated-*"):
+      (data_dir / path.name).symlink_to(path)
+    cold = seconds_to_first_step(data_dir, pathlib.Path(place, "cold"))
+    runs = [
+      seconds_to_first_step(data_dir, pathlib.Path(place, f"warm{number}"))
+      for number in range(3)
+    ]
+  return {"start_cold_s": cold, "start_cached_s": statistics.median(runs)}
+
+
+def seconds_to_first_step(data_dir, workdir) -> float:
+  begin = time.perf_counter()
+  process = subprocess.Popen(
+    [
+      sys.executable,
+      "-m",
+      "mmm_jax.main",
+      "--config=configs/mmm.py",
+      f"--config.dataset.data_dir={data_dir}",
+      "--config.log.every_steps=1",
+      f"--workdir={workdir}",
+    ],
+    cwd=ROOT,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  rows = workdir / "metrics.jsonl"
+  try:
+    while not (rows.exists() and rows.stat().st_size):
+      if process.poll() is not None:
+        sys.exit(f"the run ended with {process.returncode}")
+      time.sleep(0.01)
+    return time.perf_counter() - begin
+  finally:
+    process.kill()
+    process.wait()
+
+
+MEASURED = {
+  "machine": machine,
+  "implicit": implicit_bpr,
+  "pmf": pmf,
+  "mmm": mmm,
+  "streamed": streamed,
+  "rows": row_updates,
+  "eval": full_evaluation,
+  "lists": microlens_lists,
+  "start": start,
+}
+
+
+if __name__ == "__main__":
+  main()
