@@ -82,9 +82,11 @@ def base() -> ml_collections.ConfigDict:
   c.log = ml_collections.ConfigDict()
   c.log.every_steps = 25  # also the length of a dispatch
   c.log.tensorboard = True
+  c.log.gradients = False  # of every term on the tables, at each validation
 
   c.input = ml_collections.ConfigDict()
   c.input.content_budget_mb = 1024.0  # more than this streams
+  c.input.standardise = False  # vectors to mean 0 and variance 1; ours
   c.input.threads = 4
   c.input.prefetch_batches = 16
 

@@ -65,10 +65,42 @@ def get_config(variants: str = "") -> ConfigDict:
   c.remedies = ConfigDict()
   c.remedies.encoder_decay = 0.0  # H1: weight decay of encoders and maps
   c.remedies.mismatched_content = 0.0  # H1: weight of mismatched pairs
+  c.remedies.content_temperature = 0.0  # H1: Eq. 7 as a choice among items
   c.remedies.alpha_prior = 0.0  # H2: weight of 1/2 |alpha|^2
   c.remedies.networks_in_user = 0.0  # H3: share of u^k in the predictor
+  c.remedies.neighbours_in_user = False  # H3: there, the neighbours' mean
   c.remedies.frozen_categories = False  # H4: w follows its centroid alone
   return common.apply_variants(c, variants, VARIANTS)
+
+
+def search_space(c) -> dict:
+  """What a search may change in a config: only what is in use.
+
+  Lists are choices; the others a scale and its ends, both included.
+  """
+  loss = f"losses.{c.interaction_loss}"
+  space = {
+    "model.dim": [64, 128, 256],
+    f"{loss}.learning_rate": ("log", 1e-3, 1e-2),
+    "weights.user": ("log", 1e-4, 1.0),
+    "weights.item": ("log", 1e-4, 1.0),
+  }
+  if c.interaction_loss == "softmax":
+    space[f"{loss}.temperature"] = ("uniform", 0.08, 0.2)
+    space[f"{loss}.shared_negatives"] = [512, 1024, 2048]
+  if c.model.sources:
+    space["weights.content"] = ("log", 1e-3, 10.0)
+    if c.remedies.content_temperature:
+      space["remedies.content_temperature"] = ("uniform", 0.08, 0.4)
+  if c.model.networks:
+    space["weights.user_tie"] = ("log", 1e-4, 10.0)
+    space["weights.network_tie"] = ("log", 1e-3, 10.0)
+    space["weights.network_prior"] = ("log", 1e-4, 1.0)
+    space["remedies.networks_in_user"] = ("uniform", 0.0, 2.0)
+  if c.num_categories:
+    space["weights.category"] = ("log", 1e-3, 100.0)
+    space["weights.category_prior"] = ("log", 1e-4, 1.0)
+  return space
 
 
 def con(c):
@@ -112,6 +144,11 @@ def fair(c):
   """Section 4.3: only the following network and text, "for fairness"."""
   c.model.sources = "text"
   c.model.networks = "follow"
+
+
+def softmax(c):
+  """Cosines and a sampled softmax in place of the squared error."""
+  c.interaction_loss = "softmax"
 
 
 def microlens(c):
@@ -159,6 +196,7 @@ VARIANTS = {
     full,
     paper,
     fair,
+    softmax,
     microlens,
     hetrec_lastfm,
     tiktok,

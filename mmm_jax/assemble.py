@@ -80,6 +80,14 @@ def build(config, dataset, split, text: Text) -> Run:
     has_words = (text.tokens != features.PADDING).any(1)
     present = shared.present | {"text": shared.present["text"] & has_words}
     shared = shared._replace(present=present)
+  content = input_pipeline.ItemContent(
+    item_source=dataset.item_source,
+    records=dataset.records,
+    vectors={n: d for n, d in dataset.vectors.items() if n in sources},
+    tokens=text.tokens,
+  )
+  if config.input.standardise:
+    content = input_pipeline.standardised(content, shared.present)
   module = importlib.import_module(f"mmm_jax.models.{config.model.name}")
   model = module.create(config, sources, tuple(networks))
   return Run(
@@ -93,12 +101,7 @@ def build(config, dataset, split, text: Text) -> Run:
     module=module,
     model=model,
     weights=module.term_weights(model, config),
-    content=input_pipeline.ItemContent(
-      item_source=dataset.item_source,
-      records=dataset.records,
-      vectors={n: d for n, d in dataset.vectors.items() if n in sources},
-      tokens=text.tokens,
-    ),
+    content=content,
     shards=shards,
     shared=shared,
     words=text.words,

@@ -1,18 +1,23 @@
-"""Sweeps of runs, recorded cell by cell, and the tables that they give.
+"""Searches for configs, sweeps of runs, and the tables that they give.
 
+python -m mmm_jax.experiments tune --model=mmm[:variant,...] --dataset=NAME
+    --study=FILE [--trials=N] [--budget=SECONDS] [--workers=N]
+    [--manual_dir=NAME=DIR]
 python -m mmm_jax.experiments run --sweep=NAME [--list] [--cell=N]
     [--workdir=DIR] [--manual_dir=microlens=DIR,tiktok=DIR]
 python -m mmm_jax.experiments table --sweep=NAME [--format=markdown|latex|csv]
     [--into=FILE.md]
 
-To be run from the repository's root. A cell is a normal run of
-`mmm_jax.main` in its own folder; a finished one leaves its record in
-tests/results/<sweep>/, and `table` needs nothing else.
+To be run from the repository's root. A trial of a search is validated and
+never tested; the same command goes on with its study. A cell of a sweep is a
+normal run of `mmm_jax.main` in its own folder; a finished one leaves its record
+in tests/results/<sweep>/, and `table` needs nothing else.
 """
 
 import hashlib
 import importlib.util
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -22,7 +27,7 @@ from absl import flags
 import numpy as np
 from pyarrow import parquet
 
-from mmm_jax import command, errors, files, manifest, tabulate
+from mmm_jax import command, errors, files, manifest, tabulate, tune
 from mmm_jax.datasets import base, splits
 
 _CONFIGS = pathlib.Path("configs")
@@ -42,6 +47,18 @@ _MANUAL_DIR = flags.DEFINE_list(
 _FORMAT = flags.DEFINE_enum(
   "format", "markdown", list(tabulate.FORMATS), "Of the table."
 )
+_MODEL = flags.DEFINE_string(
+  "model", None, "To tune: a file of configs/, variants behind a colon."
+)
+_DATASET = flags.DEFINE_enum("dataset", None, base.SETS, "To tune on.")
+_STUDY = flags.DEFINE_string("study", None, "Journal of the trials.")
+_TRIALS = flags.DEFINE_integer(
+  "trials", 30, "Of the study, earlier calls included.", lower_bound=1
+)
+_BUDGET = flags.DEFINE_float(
+  "budget", math.inf, "Seconds after which no trial begins.", lower_bound=0
+)
+_WORKERS = flags.DEFINE_integer("workers", 1, "Processes.", lower_bound=1)
 _INTO = flags.DEFINE_string(
   "into", None, "Markdown file whose block of this sweep is replaced."
 )
@@ -62,15 +79,19 @@ class Cell(NamedTuple):
 
 
 def main(argv):
-  actions = {"run": _run, "table": _table}
+  actions = {"tune": _tune, "run": _run, "table": _table}
   if len(argv) != 2 or argv[1] not in actions:
     raise errors.InputError(
       f"found {' '.join(argv[1:]) or 'nothing'!r}, wanted one of"
       f" {', '.join(actions)}; see --help"
     )
-  if _SWEEP.value is None:
-    raise errors.InputError("--sweep is missing; see --help")
   actions[argv[1]]()
+
+
+def _required(flag):
+  if flag.value is None:
+    raise errors.InputError(f"--{flag.name} is missing; see --help")
+  return flag.value
 
 
 def read_cells(sweep: str) -> list[Cell]:
@@ -101,12 +122,19 @@ def _load(name):
 
 def read_config(cell: Cell):
   """The config of a cell, as its command will have it."""
-  name, _, variants = cell.model.partition(":")
-  config = _load(name).get_config(variants)
+  config = _model_config(cell.model)
   config.update_from_flattened_dict(
     {"dataset.name": cell.dataset, "seed": cell.seed, **cell.changes}
   )
   return config
+
+
+def _model_config(model: str):
+  name, _, variants = model.partition(":")
+  try:
+    return _load(name).get_config(variants)
+  except ValueError as error:
+    raise errors.InputError(f"--model: {error}") from error
 
 
 def hash_config(config) -> str:
@@ -118,11 +146,57 @@ def hash_config(config) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
+# --- tuning ------------------------------------------------------------------
+
+
+def _tune():
+  study = _required(_STUDY)
+  model, dataset = _required(_MODEL), _required(_DATASET)
+  if _WORKERS.value > 1:
+    _tune_in_processes()
+    return
+  module = _load(model.partition(":")[0])
+  manual_dir = _manual_dirs().get(dataset, "")
+
+  def make_config():
+    config = _model_config(model)
+    config.dataset.name = dataset
+    config.dataset.manual_dir = manual_dir
+    return config
+
+  config = make_config()
+  found = tune.search(
+    make_config,
+    module.search_space(config),
+    {"model": model, "dataset": dataset, "config": hash_config(config)},
+    study,
+    trials=_TRIALS.value,
+    budget=_BUDGET.value,
+  )
+  print(tune.summary(found))
+
+
+def _tune_in_processes():
+  """The same command, several times at once on the same study."""
+  command_line = [sys.executable, "-m", "mmm_jax.experiments", *sys.argv[1:]]
+  processes = [
+    subprocess.Popen([*command_line, "--workers=1"])
+    for _ in range(_WORKERS.value)
+  ]
+  try:
+    codes = [process.wait() for process in processes]
+  finally:
+    for process in processes:
+      process.terminate()
+  if any(codes):
+    raise errors.InputError(f"workers ended with {codes}; see above")
+
+
 # --- running -----------------------------------------------------------------
 
 
 def _run():
-  cells = read_cells(_SWEEP.value)
+  cells = read_cells(_required(_SWEEP))
   if _LIST.value:
     print("\n".join(cell.line for cell in cells))
     return
@@ -265,7 +339,7 @@ def _progress(workdir, config) -> dict:
 
 
 def _table():
-  records = read_records(_SWEEP.value)
+  records = read_records(_required(_SWEEP))
   text = tabulate.FORMATS[_FORMAT.value](tabulate.rows(records))
   if _INTO.value is None:
     print(text)

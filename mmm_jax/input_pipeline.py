@@ -21,6 +21,8 @@ import tqdm
 
 from mmm_jax import parallel, sampling
 
+_SAMPLE = 4096  # items whose vectors tell mean and variance
+
 
 @dataclasses.dataclass(frozen=True)
 class ItemContent:
@@ -30,6 +32,8 @@ class ItemContent:
   records: np.ndarray  # [N] record number of each item
   vectors: dict[str, int]  # source -> F
   tokens: np.ndarray | None  # [N, L]
+  # source -> mean [F] and standard deviation [F] that are taken out
+  moments: dict[str, tuple] = dataclasses.field(default_factory=dict)
 
   def __call__(self, item: int) -> dict[str, np.ndarray]:
     if item == sampling.PAD:
@@ -38,11 +42,17 @@ class ItemContent:
     if self.vectors:
       record = self.item_source[int(self.records[item])]
       content = {
-        name: np.asarray(record[name], np.float16) for name in self.vectors
+        name: self._vector(name, record[name]) for name in self.vectors
       }
     if self.tokens is not None:
       content["text"] = self.tokens[item]
     return content
+
+  def _vector(self, name, values) -> np.ndarray:
+    if name in self.moments:
+      mean, deviation = self.moments[name]
+      values = (np.asarray(values, np.float32) - mean) / deviation
+    return np.asarray(values, np.float16)
 
   def nothing(self) -> dict[str, np.ndarray]:
     content = {
@@ -58,6 +68,30 @@ class ItemContent:
 
   def fits(self, budget_mb: float) -> bool:
     return self.bytes_per_item * len(self.records) <= budget_mb * 2**20
+
+
+def standardised(
+  content: ItemContent, present: dict[str, np.ndarray]
+) -> ItemContent:
+  """The content with vectors of mean 0 and variance 1 in every number.
+
+  Args:
+    content: the items' content.
+    present: source -> [N] bool, which items have it. The moments are taken
+      over at most _SAMPLE of them, from all over the set.
+  """
+  moments = {}
+  for name in content.vectors:
+    items = np.flatnonzero(present[name])
+    items = items[:: -(-len(items) // _SAMPLE) or 1]
+    if not items.size:
+      continue
+    rows = np.stack([content(item)[name] for item in items])
+    rows = rows.astype(np.float32)  # sums of float16 overflow
+    # A number that never changes says nothing; it must not be blown up.
+    deviation = np.maximum(rows.std(0), 1e-3 * rows.std() + 1e-12)
+    moments[name] = rows.mean(0), deviation
+  return dataclasses.replace(content, moments=moments)
 
 
 def read(content: ItemContent, batches: np.ndarray, config) -> Iterator[dict]:

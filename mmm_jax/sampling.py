@@ -243,13 +243,25 @@ def neighbours(
   Returns:
     [B, cap] int32.
   """
+  key = jax.random.fold_in(jax.random.key(seed), _NEIGHBOURS)
+  key = jax.random.fold_in(jax.random.fold_in(key, number), epoch)
+  draw = scramble(user.astype(jnp.uint32) ^ jax.random.bits(key, ()))
+  return _window(user, network, draw, cap)
+
+
+def fixed_neighbours(
+  user: jax.Array, network: Adjacency, *, cap: int
+) -> jax.Array:
+  """The first `cap` neighbours of each user, [B, cap]: a sample for good."""
+  return _window(user, network, jnp.zeros(user.shape, jnp.uint32), cap)
+
+
+def _window(user, network, draw, cap):
+  """`cap` neighbours in a row, from a place that 32 random bits choose."""
   real = user != PAD
   user = jnp.where(real, user, 0)
   start = network.indptr[user]
   degree = network.indptr[user + 1] - start
-  key = jax.random.fold_in(jax.random.key(seed), _NEIGHBOURS)
-  key = jax.random.fold_in(jax.random.fold_in(key, number), epoch)
-  draw = scramble(user.astype(jnp.uint32) ^ jax.random.bits(key, ()))
   offset = jnp.where(degree > cap, bounded(draw, degree), 0)
   place = jnp.arange(cap)
   at = offset[:, None] + place

@@ -24,8 +24,8 @@ class Best:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _user_vectors(model, params, rows, membership, user):
-  return model.apply({"params": params}, rows, user, membership, method="users")
+def _user_vectors(model, params, rows, shared, user):
+  return model.apply({"params": params}, rows, user, shared, method="users")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -48,9 +48,9 @@ def make_scorer(run: assemble.Run, params, rows, categories) -> evaluate.Scorer:
     categories: the model's.
   """
   params, rows, categories = jax.device_put((params, rows, categories))
-  membership = jnp.asarray(run.shared.membership)
+  shared = jax.tree.map(jnp.asarray, run.shared)
   return evaluate.Scorer(
-    users=lambda user: _user_vectors(run.model, params, rows, membership, user),
+    users=lambda user: _user_vectors(run.model, params, rows, shared, user),
     items=_item_vectors(run.model, params, rows, categories),
     score=_score_function(run.model),
   )

@@ -253,14 +253,25 @@ def draw_batch(
     `user`, `item` [B]; `negatives` [B, n], or [n'] for the softmax;
     `stream_item` [S, W]; `vectors` {source: [S, W, F]}; `tokens` [S, W, L];
     `present` {source: [S, W]}; `stream_user` [U]; `neighbours` {network:
-    [U, A]}; `membership` [B, K]; `shared_fraction`, this device's part of rows
-    that all devices hold.
+    [U, A]}; `user_neighbours` {network: [B, A]}; `membership` [B, K];
+    `shared_fraction`, this device's part of rows that all devices hold.
   """
   epoch, at = jax.lax.div(step, sizes.steps), jax.lax.rem(step, sizes.steps)
   places = jax.tree.map(lambda order: order[:, at], plan)
   pairs = sampling.take(shards.interactions, places.interactions)
   stream_item = sampling.take(shards.items, places.items)["item"]
   stream_user = sampling.take(shards.users, places.users)["user"].reshape(-1)
+  drawn = lambda ids: {
+    name: sampling.neighbours(
+      ids,
+      network,
+      seed=config.seed,
+      number=number,
+      epoch=epoch,
+      cap=config.network.neighbour_cap,
+    )
+    for number, (name, network) in enumerate(shared.networks.items())
+  }
   content = dict(content)
   tokens = content.pop("text", None)
   user = pairs["user"].reshape(-1)
@@ -279,17 +290,8 @@ def draw_batch(
       for name, present in shared.present.items()
     },
     "stream_user": stream_user,
-    "neighbours": {
-      name: sampling.neighbours(
-        stream_user,
-        network,
-        seed=config.seed,
-        number=number,
-        epoch=epoch,
-        cap=config.network.neighbour_cap,
-      )
-      for number, (name, network) in enumerate(shared.networks.items())
-    },
+    "neighbours": drawn(stream_user),
+    "user_neighbours": drawn(user),
     "membership": shared.membership.at[user].get(mode="fill", fill_value=False),
   }
 

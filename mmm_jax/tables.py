@@ -124,10 +124,6 @@ def update_rows(
 ) -> tuple[Table, jax.Array]:
   """Updates the touched rows, each once, with the sum of its gradients.
 
-  Repeats are found by a reverse index instead of a sort: every occurrence
-  writes its place to `slot[id]`, and the one that is found there afterwards
-  owns the row.
-
   Args:
     table: the table.
     slot: [R] int32 scratch; any content.
@@ -140,7 +136,27 @@ def update_rows(
   Returns:
     The table and the scratch.
   """
-  ids, old = touched
+  ids, grads, slot = sum_repeats(slot, touched.ids, grads)
+  new = _stepped(touched.packed, grads, table.width, rule, rate, count)
+  return table.replace(packed=table.packed.at[ids].set(new, mode="drop")), slot
+
+
+def sum_repeats(slot: jax.Array, ids: jax.Array, grads: jax.Array):
+  """Adds the gradients of a row's repeats to the one that owns it.
+
+  Repeats are found by a reverse index instead of a sort: every occurrence
+  writes its place to `slot[id]`, and the one that is found there afterwards
+  owns the row.
+
+  Args:
+    slot: [R] int32 scratch; any content.
+    ids: [n], PAD for none.
+    grads: [n, d].
+
+  Returns:
+    ids [n], PAD for all but the owners; grads [n, d], sums where an owner is;
+    the scratch.
+  """
   place = jnp.arange(ids.shape[0], dtype=jnp.int32)
   slot = slot.at[ids].set(place, mode="drop")
   owner = slot.at[ids].get(mode="fill", fill_value=sampling.PAD)
@@ -148,9 +164,7 @@ def update_rows(
   # An owner has its own gradient already.
   others = jnp.where(owned, sampling.PAD, owner)
   grads = grads.at[others].add(grads, mode="drop")
-  ids = jnp.where(owned, ids, sampling.PAD)
-  new = _stepped(old, grads, table.width, rule, rate, count)
-  return table.replace(packed=table.packed.at[ids].set(new, mode="drop")), slot
+  return jnp.where(owned, ids, sampling.PAD), grads, slot
 
 
 def update_dense(

@@ -109,14 +109,9 @@ class Trainer:
       (part, parallel.HOST),
       part,
     )
-    self._chunk = update.make_train_chunk(
-      run.model,
-      self.config,
-      run.sizes,
-      run.weights,
-      engine,
-      resident=resident,
-    )
+    model = (run.model, self.config, run.sizes, run.weights, engine)
+    self._chunk = update.make_train_chunk(*model, resident=resident)
+    self._gradients = update.make_table_gradients(*model, resident=resident)
     self._seed, self._follow = clustering.make_clustering(run, engine)
 
   # -- an epoch
@@ -147,6 +142,8 @@ class Trainer:
         trained = self._positives(num_steps)
         row["interactions_per_s"] = trained / (time.perf_counter() - started)
         at_end = self.step % self.sizes.steps == 0
+        if at_end and self.gradients_due(epoch + 1):
+          row |= self.measure_gradients(num_steps, plan, content)
         if at_end:
           row |= self.between_epochs(epoch + 1)
         self.log.write(
@@ -235,10 +232,26 @@ class Trainer:
     row = dict(self.run.facts)
     if self._categories_due(epoch):
       row |= self.cluster(epoch)
-    last = epoch == self.config.epochs
-    if self.has_valid and (last or epoch % self.config.eval.every_epochs == 0):
+    if self.validation_due(epoch):
       row |= self.validate()
     return row
+
+  def gradients_due(self, epoch: int) -> bool:
+    return self.config.log.gradients and self.validation_due(epoch)
+
+  def measure_gradients(self, num_steps, plan, content) -> dict:
+    """How much each term pulls at the tables, in a batch of the last chunk."""
+    norms = self._gradients(
+      np.int32(num_steps), self.state, self.shards, self.shared, plan, content
+    )
+    norms = jax.device_get(self.engine.first(norms))
+    return {f"gradient/{term}": float(norm) for term, norm in norms.items()}
+
+  def validation_due(self, epoch: int) -> bool:
+    """Whether the parameters are scored after `epoch` epochs."""
+    last = epoch == self.config.epochs
+    due = last or epoch % self.config.eval.every_epochs == 0
+    return self.has_valid and due
 
   def _categories_due(self, epoch):
     wanted = self.config.num_categories

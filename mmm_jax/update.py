@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mmm_jax import input_pipeline, losses, parallel, streams, tables
+from mmm_jax import input_pipeline, losses, parallel, sampling, streams, tables
 
 
 @flax.struct.dataclass
@@ -97,22 +97,16 @@ def train_step(
     all devices, and {name: (sum, number of rows)} of what is only watched:
     a step may hold no such row.
   """
-  lookups = model.lookups(batch)
 
   def objective(params, rows):
-    terms, watched = model.apply(
-      {"params": params}, rows, batch, state.categories, method="loss"
+    values, watched = term_values(
+      params, rows, batch, state, model=model, config=config, steps=steps
     )
-    literal = config.normalisation == "paper_sums"
-    values = {
-      name: _sums(term, steps) if literal else _mean(term)
-      for name, term in terms.items()
-    }
     loss = sum(weights[name] * value for name, value in values.items())
     sums = {name: (term.total, term.count) for name, term in watched.items()}
     return loss, ({"loss": loss, **values}, sums)
 
-  rows, touched = rows_touched(state.tables, lookups)
+  rows, touched = rows_touched(state.tables, model.lookups(batch))
   grads, seen = jax.grad(objective, argnums=(0, 1), has_aux=True)(
     state.params, rows
   )
@@ -129,6 +123,74 @@ def train_step(
     tables=new_tables,
   )
   return state, slots, (values, watched)
+
+
+def term_values(params, rows, batch, state, *, model, config, steps):
+  """The terms of Eq. 17 without their weights, and what is only watched.
+
+  Returns:
+    {name: this device's share of the term} and {name: losses.Term}.
+  """
+  terms, watched = model.apply(
+    {"params": params}, rows, batch, state.categories, method="loss"
+  )
+  literal = config.normalisation == "paper_sums"
+  values = {
+    name: _sums(term, steps) if literal else _mean(term)
+    for name, term in terms.items()
+  }
+  return values, watched
+
+
+def table_gradients(state, slots, batch, *, model, config, steps, weights):
+  """How much each weighted term pulls at the tables in one batch.
+
+  Arguments are those of `train_step`.
+
+  Returns:
+    {term: norm of its weighted gradient over all rows of all tables, the
+    category vectors among them}.
+  """
+  rows, touched = rows_touched(state.tables, model.lookups(batch))
+  small = {n: x for n, x in state.params.items() if n == "category_vectors"}
+
+  def weighted(small, rows):
+    values, _ = term_values(
+      {**state.params, **small},
+      rows,
+      batch,
+      state,
+      model=model,
+      config=config,
+      steps=steps,
+    )
+    return {name: weights[name] * value for name, value in values.items()}
+
+  values, pull_back = jax.vjp(weighted, small, rows)
+
+  def square(chosen):
+    one = {n: jnp.where(chosen == at, 1.0, 0.0) for at, n in enumerate(values)}
+    small_grads, grads = pull_back(one)
+    small_grads = lax.psum(small_grads, parallel.AXIS)
+    total = sum(jnp.sum(grad**2) for grad in small_grads.values())
+    for name, read in touched.items():
+      width = state.tables[name].width
+      ids, grad = lax.all_gather(
+        (read.ids, _side_by_side(grads[name], width)), parallel.AXIS, tiled=True
+      )
+      ids, grad, _ = tables.sum_repeats(slots[name], ids, grad)
+      owned = ids != sampling.PAD
+      total += jnp.sum(jnp.where(owned[:, None], grad, 0) ** 2)
+    return total
+
+  squares = lax.map(square, jnp.arange(len(values)))
+  return dict(zip(values, jnp.sqrt(squares)))
+
+
+def _side_by_side(grads, width):
+  """Gradients of the uses of a table as [n, d]."""
+  parts = jax.tree.leaves(grads)
+  return jnp.concatenate([part.reshape(-1, width) for part in parts])
 
 
 def rows_touched(all_tables, lookups) -> tuple[dict, dict]:
@@ -162,8 +224,7 @@ def _update_tables(state, slots, touched, grads, config):
   new_tables, new_slots = dict(state.tables), dict(slots)
   for name, read in touched.items():
     table = state.tables[name]
-    parts = jax.tree.leaves(grads[name])
-    grad = jnp.concatenate([part.reshape(-1, table.width) for part in parts])
+    grad = _side_by_side(grads[name], table.width)
     if lax.axis_size(parallel.AXIS) > 1:
       ids, grad = lax.all_gather((read.ids, grad), parallel.AXIS, tiled=True)
       read = tables.touch(table, ids)
@@ -186,21 +247,11 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
     A scan whose length is an argument, so that a short last chunk of an epoch
     is not compiled again.
   """
-  cut = input_pipeline.at_places if resident else input_pipeline.at_step
+  draw = _batch_drawer(config, sizes, engine, resident)
 
   @jax.jit  # so that it is traced once, for its shapes and for the loop
-  def step_at(at, state, slots, shards, shared, plan, content):
-    places = plan.items[:, lax.rem(state.step, sizes.steps)]
-    batch = streams.draw_batch(
-      shards,
-      shared,
-      plan,
-      cut(content, places, at),
-      state.step,
-      sizes=sizes,
-      config=config,
-      num_devices=engine.num_devices,
-    )
+  def step_at(at, state, slots, *data):
+    batch = draw(at, state.step, *data)
     return train_step(
       state,
       slots,
@@ -232,6 +283,54 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
     (whole, whole),
     donate=(1,),
   )
+
+
+def make_table_gradients(
+  model, config, sizes, weights, engine, *, resident: bool
+):
+  """Compiles `table_gradients` for the first batch of a chunk.
+
+  Returns:
+    A function of (num_steps, state, shards, shared, plan, content): the length
+    of the chunk, the state behind it, and the chunk's data.
+  """
+  draw = _batch_drawer(config, sizes, engine, resident)
+
+  def gradients(num_steps, state, *data):
+    return table_gradients(
+      state,
+      tables.new_slots(state.tables),
+      draw(jnp.int32(0), state.step - num_steps, *data),
+      model=model,
+      config=config,
+      steps=sizes.steps,
+      weights=weights,
+    )
+
+  whole, part = parallel.REPLICATED, parallel.SHARDED
+  return engine.map(
+    gradients, (parallel.HOST, whole, part, whole, part, part), whole
+  )
+
+
+def _batch_drawer(config, sizes, engine, resident):
+  """A function that draws the batch of a step, at a place in its chunk."""
+  cut = input_pipeline.at_places if resident else input_pipeline.at_step
+
+  def draw(at, step, shards, shared, plan, content):
+    places = plan.items[:, lax.rem(step, sizes.steps)]
+    return streams.draw_batch(
+      shards,
+      shared,
+      plan,
+      cut(content, places, at),
+      step,
+      sizes=sizes,
+      config=config,
+      num_devices=engine.num_devices,
+    )
+
+  return draw
 
 
 def chunk_steps(config, sizes) -> int:

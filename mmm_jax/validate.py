@@ -70,6 +70,7 @@ RANGES = {
   "kmeans.block": (1, math.inf),
   "remedies.encoder_decay": (0, math.inf),
   "remedies.mismatched_content": (0, math.inf),
+  "remedies.content_temperature": (0, math.inf),
   "remedies.alpha_prior": (0, math.inf),
   "remedies.networks_in_user": (0, math.inf),
 }

@@ -45,13 +45,18 @@ SHORT = (
 )
 
 
-def config(variants: str):
-  """The config of MMM, as `CONFIG:variants` gives it."""
+def config_module():
+  """`configs/mmm.py`."""
   path = ROOT / "configs" / "mmm.py"
   spec = importlib.util.spec_from_file_location("tests_runs_config", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config(variants)
+  return module
+
+
+def config(variants: str):
+  """The config of MMM, as `CONFIG:variants` gives it."""
+  return config_module().get_config(variants)
 
 
 class Done(NamedTuple):

@@ -130,3 +130,22 @@ def test_resident_and_streamed_runs_end_with_identical_parameters(
   assert state.step == 2 * 9
   assert (state.categories.assignment >= 0).all()
   jax.tree.map(np.testing.assert_array_equal, state, other)
+
+
+def test_standardised_vectors_have_mean_0_and_variance_1():
+  rng = np.random.default_rng(0)
+  rows = (30 + 5 * rng.standard_normal((50, 3))).astype(np.float16)
+  rows[:, 2] = 7  # says nothing
+  data = toy.random_data(40, 50)
+  data.vectors["visual"] = rows
+  plain = toy.make_run(toy.get_config("con"), data)
+  run = toy.make_run(toy.get_config("con", input__standardise=True), data)
+  there = np.setdiff1d(np.arange(50), data.absent["visual"])
+  found = np.stack([run.content(j)["visual"] for j in there]).astype(float)
+  np.testing.assert_allclose(found.mean(0), 0, atol=1e-2)
+  np.testing.assert_allclose(found.std(0), [1, 1, 0], atol=1e-2)
+  raw = rows[there].astype(float)
+  expected = (raw - raw.mean(0))[:, :2] / raw.std(0)[:2]
+  np.testing.assert_allclose(found[:, :2], expected, atol=1e-2)
+  assert (plain.content(0)["visual"] == rows[0]).all()
+  assert (run.content(sampling.PAD)["visual"] == 0).all()

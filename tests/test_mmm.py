@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import literal
-from mmm_jax import assemble, errors, sampling, update
+from mmm_jax import assemble, errors, sampling, streams, update
 from mmm_jax.models import layers, mmm
 import toy
 
@@ -242,6 +242,16 @@ def test_paper_sums_estimate_the_literal_sum_over_an_epoch():
 # --- the loss alone --------------------------------------------------------
 
 
+NEUTRAL = mmm.Remedies(
+  mismatched_content=0.0,
+  content_temperature=0.0,
+  alpha_prior=0.0,
+  networks_in_user=0.0,
+  neighbours_in_user=False,
+  frozen_categories=False,
+)
+
+
 def small_model(**changes):
   values = dict(
     dim=3,
@@ -249,10 +259,11 @@ def small_model(**changes):
     text=None,
     vectors=(),
     networks=(),
+    neighbour_cap=2,
     interaction_loss="squared",
     temperature=0.5,
     prior_stream="interactions",
-    remedies=mmm.Remedies(0.0, 0.0, 0.0, False),
+    remedies=NEUTRAL,
   )
   return mmm.MMM(**values | changes)
 
@@ -270,6 +281,7 @@ def make_batch(**changes):
     "present": {},
     "stream_user": np.array([0, 1, 2]),
     "neighbours": {},
+    "user_neighbours": {},
     "membership": np.zeros((1, 0), bool),
   }
   return jax.tree.map(jnp.asarray, batch | changes)
@@ -471,25 +483,84 @@ def test_remedies_at_their_neutral_values_add_no_term():
 
 
 def test_networks_in_the_predictor_add_the_mixture_to_the_user():
-  remedies = mmm.Remedies(0.0, 0.0, 0.25, False)
+  remedies = NEUTRAL._replace(networks_in_user=0.25)
   model = small_model(networks=("follow",), remedies=remedies)
+  check_user_with_network(model, lambda own: own[0])
+
+
+def test_neighbours_in_the_predictor_are_eq_12_as_an_assignment():
+  remedies = NEUTRAL._replace(networks_in_user=0.25, neighbours_in_user=True)
+  model = small_model(networks=("follow",), remedies=remedies)
+  check_user_with_network(model, lambda own: (own[1] + own[2]) / 2)
+
+
+def check_user_with_network(model, in_network):
+  """User 0, whose neighbours are 1 and 2, in the loss and in the scores."""
   batch = make_batch(
-    neighbours={"follow": FRIENDS}, membership=np.ones((1, 1), bool)
+    neighbours={"follow": FRIENDS},
+    user_neighbours={"follow": FRIENDS[:1]},
+    membership=np.ones((1, 1), bool),
   )
   u, own, v = normal(3, 3), normal(3, 3, seed=1), normal(3, 3, seed=2)
   tables = {"user": u, "item": v, "network_follow": own}
   tables["alpha"] = np.zeros((3, 1), np.float32)
   term = loss_terms(model, tables, batch)["interaction"]
-  full = u[0] + 0.25 * own[0]
+  full = u[0] + 0.25 * in_network(own)
   cost = 0.5 * (1 - full @ v[0]) ** 2 + 0.5 * (full @ v[1]) ** 2
   np.testing.assert_allclose(term.total, cost, rtol=1e-5)
-  member = jnp.ones((3, 1), bool)
-  scored = model.apply({}, tables, jnp.array([0]), member, method="users")
+  shared = streams.Shared(
+    seen=None,
+    networks={
+      "follow": sampling.Adjacency(
+        jnp.array([0, 2, 3, 3]), jnp.array([1, 2, 0])
+      )
+    },
+    membership=jnp.array([[True], [True], [False]]),
+    present={},
+  )
+  tables = jax.tree.map(jnp.asarray, tables)
+  scored = model.apply({}, tables, jnp.array([0, 2]), shared, method="users")
   np.testing.assert_allclose(scored[0], full, rtol=1e-6)
+  np.testing.assert_allclose(scored[1], u[2], rtol=1e-6)  # knows nobody
+
+
+def test_contrasted_content_picks_its_item_among_the_negatives():
+  remedies = NEUTRAL._replace(content_temperature=0.5)
+  model = small_model(
+    vectors=("visual",), remedies=remedies, interaction_loss="softmax"
+  )
+  item, content = normal(6, 3), normal(1, 3, 3, seed=1)
+  negatives = [5, 1, 3]  # 1 is in the stream, and no negative of itself
+  batch = make_batch(
+    negatives=np.array(negatives),
+    vectors={"visual": content},
+    present={"visual": np.array([[True, True, False]])},
+  )
+  eye = np.eye(3, dtype=np.float32)
+  # 10 lifts the content beyond the ReLU.
+  dense = {"kernel": eye, "bias": np.full(3, 10, np.float32)}
+  params = {"map_visual": 2 * eye, "encoders_visual": {"Dense_0": dense}}
+  tables = {"user": normal(1, 3), "item": item}
+  found = loss_terms(model, tables, batch, params=params)["content/visual"]
+  unit = lambda x: x / np.linalg.norm(x)
+  cost = 0
+  for j in (0, 1):
+    query = unit(content[0, j] + 10) / 0.5
+    score = lambda other, query=query: query @ unit(item[other])
+    others = [np.exp(score(other)) for other in negatives if other != j]
+    cost -= score(j) - np.log(np.exp(score(j)) + sum(others))
+  np.testing.assert_allclose(found.total, cost, rtol=1e-5)
+  assert found.count == 3  # a mean over all items, with the source or not
+
+
+def test_contrasted_content_needs_shared_negatives():
+  config = toy.get_config("full", remedies__content_temperature=0.2)
+  with pytest.raises(errors.InputError, match="only softmax does"):
+    toy.make_run(config, toy.random_data(40, 60))
 
 
 def test_mismatched_content_is_the_next_item_of_the_shard():
-  remedies = mmm.Remedies(0.5, 0.0, 0.0, False)
+  remedies = NEUTRAL._replace(mismatched_content=0.5)
   model = small_model(vectors=("visual",), remedies=remedies)
   item, content = normal(3, 3), normal(1, 3, 3, seed=1)
   batch = make_batch(

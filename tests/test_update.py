@@ -27,6 +27,27 @@ GOLDEN = {
 }
 
 
+def test_gradients_of_terms_on_the_tables():
+  """Of |u|^2 / 2, averaged over a batch: u of each of its rows over B."""
+  config = toy.get_config("cat", log__gradients=True)
+  config.weights.user = 0.5
+  run = toy.make_run(config, toy.random_data(40, 60))
+  session = toy.Session(run)
+  found = session.table_gradients()
+  assert set(found) == {"interaction", "user", "item", *CATEGORY_TERMS}
+  batch = toy.draw_epoch(run)[0]
+  user = batch["user"][batch["user"] != sampling.PAD]
+  rows = session.state.tables["user"].packed[:, :8]
+  gradient = np.zeros_like(rows)
+  np.add.at(gradient, user, 0.5 * rows[user] / len(user))
+  assert found["user"] == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+  eight = toy.Session(run, engine=toy.make_engine(8)).table_gradients()
+  assert eight == pytest.approx(found, rel=1e-5)
+
+
+CATEGORY_TERMS = ("category", "category_prior")
+
+
 def golden_session(variant):
   """Steps from random parameters with a made-up clustering."""
   name, _, loss = variant.partition("-")

@@ -203,6 +203,24 @@ class Session:
       values |= {name: sums / rows for name, (sums, rows) in watched.items()}
     return {name: series[:num_steps] for name, series in values.items()}
 
+  def table_gradients(self) -> dict[str, float]:
+    """What `update.table_gradients` finds in the first batch."""
+    run = self.run
+    measure = update.make_table_gradients(
+      run.model, run.config, run.sizes, run.weights, self.engine, resident=True
+    )
+    plan = self._plan(self._shards, np.int32(0))
+    norms = measure(
+      np.int32(0),
+      self.engine.replicate(self.state),
+      self._shards,
+      self._shared,
+      plan,
+      self._content,
+    )
+    norms = jax.device_get(self.engine.first(norms))
+    return {name: float(norm) for name, norm in norms.items()}
+
   def train_epochs(self, epochs) -> dict[str, np.ndarray]:
     """Whole epochs, in the chunks that the config asks for."""
     steps = self.run.sizes.steps

@@ -45,8 +45,10 @@ class Remedies(NamedTuple):
   """Ours, not the paper's; each at its neutral value leaves Eq. 17 as it is."""
 
   mismatched_content: float  # H1: weight of -ln sigma(-v_j M x_j'), j' != j
+  content_temperature: float  # H1: Eq. 7 among other items; see _contrast
   alpha_prior: float  # H2: weight of 1/2 |alpha|^2
   networks_in_user: float  # H3: g in u + g sum_k a_k u^k inside the predictor
+  neighbours_in_user: bool  # H3: there, u^k is the neighbours' mean (Eq. 12)
   frozen_categories: bool  # H4: w learns from its centroid, not from clicks
 
 
@@ -58,6 +60,7 @@ class MMM(nn.Module):
   text: dict | None  # widths, filters of the text CNN; None: no text
   vectors: tuple[str, ...]  # names of dense sources
   networks: tuple[str, ...]
+  neighbour_cap: int  # most neighbours in a mean
   interaction_loss: str
   temperature: float  # of the softmax loss
   prior_stream: str  # whose rows carry |u|^2 and |v|^2
@@ -119,7 +122,11 @@ class MMM(nn.Module):
       wanted["alpha"] = {"stream": batch["stream_user"]}
       if self.remedies.networks_in_user:
         for name in self.networks:
-          wanted[f"network_{name}"]["interaction"] = batch["user"]
+          wanted[f"network_{name}"]["interaction"] = (
+            batch["user_neighbours"][name]
+            if self.remedies.neighbours_in_user
+            else batch["user"]
+          )
         wanted["alpha"]["interaction"] = batch["user"]
     return wanted
 
@@ -196,14 +203,31 @@ class MMM(nn.Module):
     )
 
   def _predicting_user(self, rows, batch):
-    """u, or with our remedy for H3 u + g sum_k a_k u^k."""
+    """u, or with our remedy for H3 u + g sum_k a_k u^k.
+
+    u^k is the user's own vector in network k, which the ties hold near the
+    neighbours' mean, or that mean itself: Eq. 12 as an assignment.
+    """
     user = rows["user"]["interaction"]
     if not (self.networks and self.remedies.networks_in_user):
       return user
-    vectors = [rows[f"network_{name}"]["interaction"] for name in self.networks]
-    mixed = self._mix(
-      rows["alpha"]["interaction"], jnp.stack(vectors, 1), batch["membership"]
+    vectors = {n: rows[f"network_{n}"]["interaction"] for n in self.networks}
+    return self._with_networks(
+      user,
+      rows["alpha"]["interaction"],
+      vectors,
+      batch["user_neighbours"],
+      batch["membership"],
     )
+
+  def _with_networks(self, user, alpha, vectors, neighbours, membership):
+    if self.remedies.neighbours_in_user:
+      vectors = {
+        name: _mean_of_neighbours(vectors[name], neighbours[name])[0]
+        for name in self.networks
+      }
+    stacked = jnp.stack([vectors[name] for name in self.networks], 1)
+    mixed = self._mix(alpha, stacked, membership)
     return user + self.remedies.networks_in_user * mixed
 
   def _with_category(self, item, ids, categories):
@@ -237,7 +261,10 @@ class MMM(nn.Module):
       # on the number of devices.
       other_logits = layers.dot(item, jnp.roll(projected, 1, axis=1))
       other = present & jnp.roll(present, 1, axis=1) & (item.shape[1] > 1)
-      matching = losses.masked_sum(jax.nn.softplus(-logits), present)
+      if self.remedies.content_temperature:
+        matching = self._contrast(item, projected, rows, batch, present)
+      else:
+        matching = losses.masked_sum(jax.nn.softplus(-logits), present)
       # Averaged over the items of the stream, with this source or not.
       terms[f"content/{name}"] = matching._replace(count=jnp.sum(real * 1.0))
       if self.remedies.mismatched_content:
@@ -251,6 +278,21 @@ class MMM(nn.Module):
         jax.nn.sigmoid(other_logits), other
       )
     return terms, watched
+
+  def _contrast(self, item, projected, rows, batch, present):
+    """Our form of Eq. 7 against H1: x_j has to tell v_j from other items.
+
+    -ln [e^{s(v_j)} / (e^{s(v_j)} + sum_l e^{s(v_l)})] with s(v) =
+    cos(v, M x_j) / temperature, over the shared negatives l of the step.
+    """
+    scale = 1 / self.remedies.content_temperature
+    query = layers.normalise(projected) * scale
+    own = layers.dot(query, layers.normalise(item))
+    others = query @ layers.normalise(rows["item"]["negative"]).T
+    same = batch["stream_item"][..., None] == batch["negatives"]
+    others = jnp.where(same, -jnp.inf, others)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    return losses.softmax(flat(own), flat(others), flat(present))
 
   def _encode(self, rows, batch):
     """x_j of every source: {name: [S, W, d]} (Eq. 1-6)."""
@@ -274,7 +316,9 @@ class MMM(nn.Module):
     vectors, membership = [], []
     for name in self.networks:
       own = rows[f"network_{name}"]["own"]
-      mean, linked = self._neighbour_mean(rows, batch, name)
+      mean, linked = _mean_of_neighbours(
+        rows[f"network_{name}"]["neighbours"], batch["neighbours"][name]
+      )
       # Users without neighbours have no tie (T is undefined for them).
       tie = losses.half_square(own - mean, real & linked)
       terms[f"network_tie/{name}"] = tie._replace(count=num_users)
@@ -296,13 +340,6 @@ class MMM(nn.Module):
     length = jnp.linalg.norm(jax.lax.stop_gradient(user), axis=-1)
     watched["H3/length_user"] = losses.masked_sum(length, real)
     return terms, watched
-
-  def _neighbour_mean(self, rows, batch, name):
-    """sum_n T_in u_n^k (Eq. 12) [U, d], and who has neighbours [U]."""
-    mask = batch["neighbours"][name] != sampling.PAD  # [U, A]
-    degree = jnp.sum(mask, -1)
-    summed = jnp.sum(rows[f"network_{name}"]["neighbours"], 1)
-    return summed / jnp.maximum(degree, 1)[:, None], degree > 0
 
   def _network_weights(self, alpha, membership):
     """a_ik: softmax over the networks in which a user has neighbours."""
@@ -333,19 +370,34 @@ class MMM(nn.Module):
 
   # --- scoring -------------------------------------------------------------
 
-  def users(self, tables, user, membership) -> jax.Array:
+  def users(self, tables, user, shared) -> jax.Array:
     """What describes users to `score`: [B] ids -> [B, d].
 
     Args:
       tables: {name: rows}.
       user: ids.
-      membership: [M, K] whether a user has neighbours in a network.
+      shared: the `streams.Shared` of the run.
     """
     vectors = tables["user"][user]
     if self.networks and self.remedies.networks_in_user:
-      own = [tables[f"network_{name}"][user] for name in self.networks]
-      vectors += self.remedies.networks_in_user * self._mix(
-        tables["alpha"][user], jnp.stack(own, 1), membership[user]
+      neighbours = {
+        name: sampling.fixed_neighbours(
+          user, shared.networks[name], cap=self.neighbour_cap
+        )
+        for name in self.networks
+      }
+      wanted = neighbours
+      if not self.remedies.neighbours_in_user:
+        wanted = dict.fromkeys(self.networks, user)
+      vectors = self._with_networks(
+        vectors,
+        tables["alpha"][user],
+        {
+          name: tables[f"network_{name}"].at[ids].get(mode="fill", fill_value=0)
+          for name, ids in wanted.items()
+        },
+        neighbours,
+        shared.membership[user],
       )
     return self._as_ranked(vectors)
 
@@ -397,11 +449,38 @@ class MMM(nn.Module):
     return part(item) * scale, part(offset) * scale
 
 
+def _mean_of_neighbours(vectors, neighbours):
+  """sum_n T_in u_n^k (Eq. 12).
+
+  Args:
+    vectors: [B, A, d] u_n^k, zeros where there is no neighbour.
+    neighbours: [B, A] ids.
+
+  Returns:
+    [B, d], and [B] whether there are neighbours.
+  """
+  degree = jnp.sum(neighbours != sampling.PAD, -1)
+  return jnp.sum(vectors, 1) / jnp.maximum(degree, 1)[:, None], degree > 0
+
+
 # --- from a config ---------------------------------------------------------
 
 
 def create(config, sources: tuple[str, ...], networks: tuple[str, ...]) -> MMM:
-  """The module that a config and the parts of a data set ask for."""
+  """The module that a config and the parts of a data set ask for.
+
+  Raises:
+    errors.InputError: a remedy needs another interaction_loss.
+  """
+  if config.remedies.content_temperature and (
+    config.interaction_loss != "softmax"
+  ):
+    raise errors.InputError(
+      "remedies.content_temperature: found"
+      f" {config.remedies.content_temperature}, valid: 0 (Eq. 7), as"
+      f" interaction_loss={config.interaction_loss} draws no negatives that"
+      " items share; only softmax does"
+    )
   text = {"widths": config.text.widths, "filters": config.text.filters}
   remedies = config.remedies
   return MMM(
@@ -410,6 +489,7 @@ def create(config, sources: tuple[str, ...], networks: tuple[str, ...]) -> MMM:
     text=flax.core.freeze(text) if "text" in sources else None,
     vectors=tuple(name for name in sources if name != "text"),
     networks=networks,
+    neighbour_cap=config.network.neighbour_cap,
     interaction_loss=config.interaction_loss,
     temperature=config.losses.softmax.temperature,
     prior_stream="streams"
