@@ -76,30 +76,34 @@ def get_config(variants: str = "") -> ConfigDict:
 def search_space(c) -> dict:
   """What a search may change in a config: only what is in use.
 
-  Lists are choices; the others a scale and its ends, both included.
+  Lists are choices; the others a scale and its ends, both included. The lower
+  ends of the weights keep every term alive: below them its gradient on the
+  tables would be less than a hundredth of that of the interactions.
   """
   loss = f"losses.{c.interaction_loss}"
   space = {
     "model.dim": [64, 128, 256],
     f"{loss}.learning_rate": ("log", 1e-3, 1e-2),
-    "weights.user": ("log", 1e-4, 1.0),
-    "weights.item": ("log", 1e-4, 1.0),
+    "weights.user": ("log", 0.02, 1.0),
+    "weights.item": ("log", 0.02, 1.0),
   }
   if c.interaction_loss == "softmax":
-    space[f"{loss}.temperature"] = ("uniform", 0.08, 0.2)
+    space[f"{loss}.temperature"] = ("uniform", 0.1, 0.2)
     space[f"{loss}.shared_negatives"] = [512, 1024, 2048]
   if c.model.sources:
-    space["weights.content"] = ("log", 1e-3, 10.0)
+    space["weights.content"] = ("log", 0.03, 1.0)
     if c.remedies.content_temperature:
-      space["remedies.content_temperature"] = ("uniform", 0.08, 0.4)
+      space["remedies.content_temperature"] = ("uniform", 0.1, 0.4)
   if c.model.networks:
-    space["weights.user_tie"] = ("log", 1e-4, 10.0)
-    space["weights.network_tie"] = ("log", 1e-3, 10.0)
-    space["weights.network_prior"] = ("log", 1e-4, 1.0)
-    space["remedies.networks_in_user"] = ("uniform", 0.0, 2.0)
+    space["weights.user_tie"] = ("log", 0.02, 1.0)
+    space["weights.network_tie"] = ("log", 0.02, 1.0)
+    space["weights.network_prior"] = ("log", 0.02, 1.0)
+    if c.remedies.networks_in_user:
+      space["remedies.networks_in_user"] = ("log", 0.1, 2.0)
   if c.num_categories:
-    space["weights.category"] = ("log", 1e-3, 100.0)
-    space["weights.category_prior"] = ("log", 1e-4, 1.0)
+    space["weights.category"] = ("log", 0.1, 100.0)
+    space["weights.category_prior"] = ("log", 0.1, 100.0)
+    space["kmeans.warmup_epochs"] = [1, 5, 10]
   return space
 
 
@@ -151,19 +155,45 @@ def softmax(c):
   c.interaction_loss = "softmax"
 
 
+def best(c):
+  """Ours: the loss and the remedies from which the tuned variants start."""
+  softmax(c)
+  c.model.dim = 256
+  c.losses.softmax.learning_rate = 0.005
+  c.losses.softmax.shared_negatives = 1024
+  c.tables.init_scale = 0.1
+  c.input.standardise = True
+  c.network.neighbour_cap = 16
+  c.weights.content = 0.3
+  c.weights.user = c.weights.item = 0.02
+  c.weights.category = c.weights.category_prior = 1.0
+  c.weights.user_tie = c.weights.network_tie = c.weights.network_prior = 0.05
+  c.remedies.content_temperature = 0.2
+  c.remedies.networks_in_user = 0.5
+  c.remedies.neighbours_in_user = True
+  c.eval.every_epochs = 1
+  c.eval.patience = 5
+  c.log.gradients = True
+
+
 def microlens(c):
   """MicroLens-50k: English titles; the co-like network is derived."""
+  best(c)
   c.dataset.name = "microlens"
   c.num_categories = 23
+  c.text.glove = "package"
 
 
 def hetrec_lastfm(c):
   """HetRec 2011 Last.fm: artist names and users' tags, a friend network."""
+  best(c)
   c.dataset.name = "hetrec_lastfm"
+  c.text.glove = "package"
 
 
 def tiktok(c):
   """TikTok in the split of MMSSL: image and audio vectors."""
+  best(c)
   c.dataset.name = "tiktok"
 
 
@@ -197,6 +227,7 @@ VARIANTS = {
     paper,
     fair,
     softmax,
+    best,
     microlens,
     hetrec_lastfm,
     tiktok,

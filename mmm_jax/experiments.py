@@ -168,7 +168,7 @@ def _tune():
   found = tune.search(
     make_config,
     module.search_space(config),
-    {"model": model, "dataset": dataset, "config": hash_config(config)},
+    {"model": model, "dataset": dataset},
     study,
     trials=_TRIALS.value,
     budget=_BUDGET.value,

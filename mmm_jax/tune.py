@@ -223,7 +223,9 @@ def summary(study) -> str:
   except ValueError:
     return "no trial has been completed"
   lines = [
-    f"trial {best.number} of {len(best_so_far(study))}: {best.value:.4f}",
+    f"trial {best.number}: {best.value:.4f} after"
+    f" {best.user_attrs['best_epoch']} epochs, of"
+    f" {len(best_so_far(study))} trials",
     *(f"--config.{key}={value}" for key, value in best.params.items()),
   ]
   return "\n".join(lines)
