@@ -70,6 +70,13 @@ def get_config(variants: str = "") -> ConfigDict:
   c.remedies.networks_in_user = 0.0  # H3: share of u^k in the predictor
   c.remedies.neighbours_in_user = False  # H3: there, the neighbours' mean
   c.remedies.frozen_categories = False  # H4: w follows its centroid alone
+
+  # What a part is worth: the same model with that part made meaningless.
+  c.controls = ConfigDict()
+  c.controls.content = "real"  # or permuted: of another item
+  c.controls.networks = "real"  # or rewired: other neighbours, same degrees
+  c.controls.network_weights = "learnt"  # or equal: 1/K
+  c.controls.categories = "learnt"  # or random, or content: K-means on content
   return common.apply_variants(c, variants, VARIANTS)
 
 
@@ -176,6 +183,36 @@ def best(c):
   c.log.gradients = True
 
 
+def permuted_content(c):
+  """A control: every item has the content of another one."""
+  c.controls.content = "permuted"
+
+
+def rewired_networks(c):
+  """A control: other neighbours, as many as before."""
+  c.controls.networks = "rewired"
+
+
+def random_categories(c):
+  """A control: categories at random, as large as the learnt ones."""
+  c.controls.categories = "random"
+
+
+def content_categories(c):
+  """A control: a K-means on content instead of on item vectors."""
+  c.controls.categories = "content"
+
+
+def equal_networks(c):
+  """A control: every network of a user counts alike."""
+  c.controls.network_weights = "equal"
+
+
+def one_network(c):
+  """The derived network alone."""
+  c.model.networks = "co_like"
+
+
 def microlens(c):
   """MicroLens-50k: English titles; the co-like network is derived."""
   best(c)
@@ -228,6 +265,12 @@ VARIANTS = {
     fair,
     softmax,
     best,
+    permuted_content,
+    rewired_networks,
+    random_categories,
+    content_categories,
+    equal_networks,
+    one_network,
     microlens,
     hetrec_lastfm,
     tiktok,

@@ -8,7 +8,16 @@ may change single values of that config. Rows of a table are compared with the
 first model that a sweep yields for the set.
 """
 
-REAL_SETS = ("hetrec_lastfm", "tiktok", "microlens")
+SEEDS = {"hetrec_lastfm": 3, "tiktok": 3, "microlens": 1}
+REAL_SETS = tuple(SEEDS)
+PARTS = ("con", "cat", "net", "pmf")
+KNOBS = ("text", "visual", "follow")
+CONTROLS = (
+  "permuted_content",
+  "rewired_networks",
+  "random_categories",
+  "content_categories",
+)
 
 
 def cell(model, dataset, seed=0, **changes):
@@ -25,4 +34,70 @@ def variants():
     yield cell("mmm:full", dataset)
 
 
-SWEEPS = {function.__name__: function for function in (variants,)}
+def ablation():
+  """What the parts add, under the paper's loss and under the best one."""
+  for dataset, seeds in SEEDS.items():
+    models = [f"mmm:{dataset}"]
+    models += [f"mmm:{dataset},{part}" for part in PARTS]
+    models += [f"mmm:{part}" for part in ("full", *PARTS)]
+    for model in models:
+      for seed in range(seeds):
+        yield cell(model, dataset, seed)
+
+
+def controls():
+  """MMM, and MMM with one part made meaningless."""
+  for dataset in ("hetrec_lastfm", "tiktok"):
+    for control in ("", *CONTROLS):
+      for seed in range(SEEDS[dataset]):
+        yield cell(f"mmm:{dataset}{control and ','}{control}", dataset, seed)
+  # Only Last.fm has two networks.
+  for control in ("equal_networks", "one_network"):
+    for seed in range(SEEDS["hetrec_lastfm"]):
+      yield cell(f"mmm:hetrec_lastfm,{control}", "hetrec_lastfm", seed)
+
+
+def planted():
+  """Whether a source helps where it was given something to say, and only there.
+
+  The other knobs stand at 0, so that nothing else helps.
+  """
+  off = {f"dataset__simulated__signal__{knob}": 0.0 for knob in KNOBS}
+  settings = [off] + [
+    off | {f"dataset__simulated__signal__{knob}": 1.0} for knob in KNOBS
+  ]
+  for knobs in settings:
+    for part in ("pmf", "con", "cat", "net", "full"):
+      for seed in range(3):
+        yield cell(f"mmm:best,{part}", "simulated", seed, epochs=30, **knobs)
+
+
+def num_categories():
+  """The paper's Fig. 3, whose values are 10 to 50."""
+  for dataset in ("hetrec_lastfm", "tiktok"):
+    for number in (5, 10, 20, 30, 40, 50):
+      for seed in range(SEEDS[dataset]):
+        model = f"mmm:{dataset}"
+        yield cell(model, dataset, seed, num_categories=number)
+
+
+def losses():
+  """The losses, for plain matrix factorisation and for MMM."""
+  for dataset in ("hetrec_lastfm", "tiktok"):
+    for model in ("mmm:full", "mmm:pmf"):
+      for loss in ("squared", "bce", "bpr", "softmax"):
+        for seed in range(SEEDS[dataset]):
+          yield cell(model, dataset, seed, interaction_loss=loss)
+
+
+SWEEPS = {
+  function.__name__: function
+  for function in (
+    variants,
+    ablation,
+    controls,
+    planted,
+    num_categories,
+    losses,
+  )
+}

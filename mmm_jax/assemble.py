@@ -80,9 +80,12 @@ def build(config, dataset, split, text: Text) -> Run:
     has_words = (text.tokens != features.PADDING).any(1)
     present = shared.present | {"text": shared.present["text"] & has_words}
     shared = shared._replace(present=present)
+  records = dataset.records
+  if config.controls.content == "permuted":
+    records, text, shared = _permute_content(records, text, shared, config.seed)
   content = input_pipeline.ItemContent(
     item_source=dataset.item_source,
-    records=dataset.records,
+    records=records,
     vectors={n: d for n, d in dataset.vectors.items() if n in sources},
     tokens=text.tokens,
   )
@@ -107,6 +110,15 @@ def build(config, dataset, split, text: Text) -> Run:
     words=text.words,
     facts=facts | text.facts,
   )
+
+
+def _permute_content(records, text, shared, seed):
+  """A control: every item has the content of some other one."""
+  order = np.random.default_rng(seed).permutation(len(records))
+  present = {name: there[order] for name, there in shared.present.items()}
+  if text.tokens is not None:
+    text = text._replace(tokens=text.tokens[order])
+  return records[order], text, shared._replace(present=present)
 
 
 def _read_text(dataset, split, sources, config) -> Text:

@@ -1,9 +1,14 @@
-"""K-means between epochs: items' categories follow their vectors (Eq. 8-9)."""
+"""K-means between epochs: items' categories follow their vectors (Eq. 8-9).
+
+Two controls replace them: random categories of the same sizes, and those of a
+K-means on the items' content. They stay as they are once they are seeded.
+"""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mmm_jax import assemble, kmeans, parallel, sampling
+from mmm_jax import assemble, input_pipeline, kmeans, parallel, sampling
 
 
 def make_clustering(run: assemble.Run, engine: parallel.Engine):
@@ -12,7 +17,17 @@ def make_clustering(run: assemble.Run, engine: parallel.Engine):
   Each maps a replicated state to (state, kmeans.Clustering); all devices
   compute the same.
   """
-  settings = run.config.kmeans
+  settings, control = run.config.kmeans, run.config.controls.categories
+  num_clusters = run.config.num_categories
+  start = dict(
+    num_clusters=num_clusters,
+    restarts=settings.restarts,
+    iterations=settings.seeding_iterations,
+    block=settings.block,
+  )
+  branch = jax.random.fold_in(jax.random.key(run.config.seed), sampling.PAD - 2)
+  if num_clusters and control == "content":
+    content = kmeans.fit(branch, content_vectors(run), **start).assignment
 
   def renew(state, found):
     return state.replace(
@@ -22,20 +37,28 @@ def make_clustering(run: assemble.Run, engine: parallel.Engine):
     ), found
 
   def seed(state):
-    rng = jax.random.fold_in(jax.random.key(run.config.seed), sampling.PAD - 2)
-    found = kmeans.fit(
-      jax.random.fold_in(rng, state.step),
+    rng, rows = (
+      jax.random.fold_in(branch, state.step),
       state.tables["item"].rows,
-      num_clusters=run.config.num_categories,
-      restarts=settings.restarts,
-      iterations=settings.seeding_iterations,
-      block=settings.block,
     )
+    found = kmeans.fit(rng, rows, **start)
+    if control == "random":
+      found = given(rows, jax.random.permutation(rng, found.assignment))
+    if control == "content":
+      found = given(rows, content)
     # w starts at its centroid: free vectors soak up the gradient (H4).
     params = {**state.params, "category_vectors": found.centroids}
     return renew(state.replace(params=params), found)
 
+  def given(rows, assignment):
+    return kmeans.describe(
+      rows, assignment, num_clusters=num_clusters, block=settings.block
+    )
+
   def follow(state):
+    if control != "learnt":
+      rows, categories = state.tables["item"].rows, state.categories
+      return renew(state, given(rows, categories.assignment))
     return renew(
       state,
       kmeans.lloyd(
@@ -51,6 +74,30 @@ def make_clustering(run: assemble.Run, engine: parallel.Engine):
     function, (whole,), (whole, whole), donate=(0,)
   )
   return mapped(seed), mapped(follow)
+
+
+def content_vectors(run: assemble.Run) -> jax.Array:
+  """What the sources say of every item, each as a unit vector: [N, F].
+
+  A text is the mean of its words' starting vectors.
+  """
+  items = np.arange(run.sizes.num_items, dtype=np.int32)[:, None]
+  batches = input_pipeline.read(run.content, items, run.config)
+  content = {}
+  for batch in batches:
+    for name, values in batch.items():
+      content.setdefault(name, []).append(values[0])
+  parts = []
+  for name, rows in content.items():
+    rows = np.stack(rows)
+    if name == "text":
+      words = np.where((rows > 0)[..., None], run.words[rows], 0)
+      rows = words.sum(1)  # its length does not matter
+    rows = np.where(run.shared.present[name][:, None], rows, 0)
+    rows = rows.astype(np.float32)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    parts.append(rows / np.maximum(length, 1e-12))
+  return jnp.asarray(np.concatenate(parts, axis=1))
 
 
 def describe_clusters(found: kmeans.Clustering, before, truth) -> dict:

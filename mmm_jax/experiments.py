@@ -7,6 +7,7 @@ python -m mmm_jax.experiments run --sweep=NAME [--list] [--cell=N]
     [--workdir=DIR] [--manual_dir=microlens=DIR,tiktok=DIR]
 python -m mmm_jax.experiments table --sweep=NAME [--format=markdown|latex|csv]
     [--into=FILE.md]
+python -m mmm_jax.experiments table --study=FILE,FILE [--into=FILE.md]
 
 To be run from the repository's root. A trial of a search is validated and
 never tested; the same command goes on with its study. A cell of a sweep is a
@@ -339,12 +340,16 @@ def _progress(workdir, config) -> dict:
 
 
 def _table():
-  records = read_records(_required(_SWEEP))
-  text = tabulate.FORMATS[_FORMAT.value](tabulate.rows(records))
+  if _STUDY.value:
+    name, text = "studies", tune.markdown(_STUDY.value.split(","))
+  else:
+    name = _required(_SWEEP)
+    rows = tabulate.rows(read_records(name))
+    text = tabulate.FORMATS[_FORMAT.value](rows)
   if _INTO.value is None:
     print(text)
   else:
-    _replace_block(pathlib.Path(_INTO.value), _SWEEP.value, text)
+    _replace_block(pathlib.Path(_INTO.value), name, text)
 
 
 def read_records(sweep: str) -> list[dict]:
@@ -373,9 +378,9 @@ def read_records(sweep: str) -> list[dict]:
   return records
 
 
-def _replace_block(path, sweep, text):
-  """Puts the table between <!-- table: SWEEP --> and <!-- end -->."""
-  head, tail = f"<!-- table: {sweep} -->\n", "<!-- end -->"
+def _replace_block(path, name, text):
+  """Puts the table between <!-- table: NAME --> and <!-- end -->."""
+  head, tail = f"<!-- table: {name} -->\n", "<!-- end -->"
   with files.explained(path, "read"):
     old = path.read_text()
   before, found, rest = old.partition(head)

@@ -137,6 +137,19 @@ def lloyd(
   return Clustering(assignment, means, inertia, sizes)
 
 
+@functools.partial(jax.jit, static_argnames=("num_clusters", "block"))
+def describe(
+  points: jax.Array, assignment: jax.Array, *, num_clusters: int, block: int
+) -> Clustering:
+  """The clustering in which points [N, d] have a given assignment [N]."""
+  points = points.astype(jnp.float32)
+  sizes = jnp.bincount(assignment, length=num_clusters).astype(jnp.int32)
+  blocks = _blocks(points, min(block, len(points)))
+  means = _means(blocks, assignment, jnp.maximum(sizes, 1))
+  inertia = jnp.sum(_squared_distance(points, means[assignment]))
+  return Clustering(assignment, means, inertia, sizes)
+
+
 def _check(points: jax.Array, num_clusters: int, **sizes: int) -> None:
   """Shapes and static sizes are known before anything is computed."""
   for name, size in {"num_clusters": num_clusters, **sizes}.items():

@@ -164,6 +164,11 @@ def choose_networks(dataset, split, config) -> tuple[dict, dict]:
       )
     chosen["co_like"] = derived
     facts["H5/co_like_edges_without_common_item"] = leaked
+  if config.controls.networks == "rewired":
+    chosen = {
+      name: networks.rewired(network, (config.seed, number))
+      for number, (name, network) in enumerate(chosen.items())
+    }
   facts |= {f"edges/{n}": len(net.indices) for n, net in chosen.items()}
   return chosen, facts
 

@@ -14,6 +14,7 @@ import numpy as np
 from mmm_jax import errors, significance
 
 _SEED = 0  # of the resampling
+_SILENT = ("epochs", "dataset.data_dir")  # changes that name no row
 _HEADS = {
   "dataset": "set",
   "model": "model",
@@ -42,12 +43,31 @@ def rows(records: list[dict]) -> list[dict[str, str]]:
   """
   groups = {}
   for record in records:
-    sets = groups.setdefault(record["dataset"], {})
-    sets.setdefault(record["model"], []).append(record)
+    sets = groups.setdefault(_set_name(record), {})
+    sets.setdefault(_model_name(record), []).append(record)
   table = []
   for models in groups.values():
     table += _set_rows(models)
   return table
+
+
+def _set_name(record) -> str:
+  """The set, and what the cell changes about its data."""
+  return _with_changes(record["dataset"], record, of_data=True)
+
+
+def _model_name(record) -> str:
+  """The model, and what else the cell changes."""
+  return _with_changes(record["model"], record, of_data=False)
+
+
+def _with_changes(name, record, *, of_data):
+  changes = [
+    f"{key.removeprefix('dataset.').removeprefix('simulated.')}={value}"
+    for key, value in record["changes"].items()
+    if key.startswith("dataset.") == of_data and key not in _SILENT
+  ]
+  return " ".join([name, *changes])
 
 
 def _set_rows(models):
@@ -107,8 +127,8 @@ def _row(runs) -> dict[str, str]:
   minutes = np.mean([run["seconds"]["total"] for run in runs]) / 60
   memory = max(run["peak_memory_mb"] for run in runs) / 1024
   return {
-    "dataset": first["dataset"],
-    "model": first["model"],
+    "dataset": _set_name(first),
+    "model": _model_name(first),
     "seeds": str(len(runs)),
     "valid": _metric(runs, "full", "valid", "ndcg@20"),
     "test": _metric(runs, "full", "test", "ndcg@20"),

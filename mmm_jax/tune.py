@@ -231,6 +231,35 @@ def summary(study) -> str:
   return "\n".join(lines)
 
 
+_AFTER = (1, 5, 10, 20, 30)  # trials
+_HEADS = ("study", "on", "trials (pruned)", "hours", "keys searched")
+
+
+def markdown(paths: list[str]) -> str:
+  """Sizes of studies, and the best validated metric as they went on."""
+  heads = [*_HEADS, *(f"best after {n}" for n in _AFTER)]
+  lines = [heads, ["---"] * len(heads), *map(_study_line, paths)]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _study_line(path):
+  if not pathlib.Path(path).exists():
+    raise errors.InputError(f"--study: {path} is not there")
+  study = open_study(path)
+  about, curve = study.user_attrs["about"], best_so_far(study)
+  trials = study.get_trials(deepcopy=False)
+  pruned = sum(trial.state == _STATE.PRUNED for trial in trials)
+  seconds = sum(trial.user_attrs.get("seconds", 0) for trial in trials)
+  return [
+    about["model"],
+    about["dataset"],
+    f"{len(curve)} ({pruned})",
+    f"{seconds / 3600:.1f}",
+    str(len(about["space"])),
+    *(f"{curve[n - 1]:.4f}" if n <= len(curve) else "–" for n in _AFTER),
+  ]
+
+
 def best_so_far(study) -> list[float]:
   """The best value of complete trials after each ended trial, in order."""
   best, curve = -math.inf, []

@@ -29,6 +29,10 @@ CHOICES = {
   "tables.update": ("rows", "dense"),
   "tables.optimizer": tables.NAMES,
   "parallel.engine": parallel.ENGINES,
+  "controls.content": ("real", "permuted"),
+  "controls.networks": ("real", "rewired"),
+  "controls.network_weights": ("learnt", "equal"),
+  "controls.categories": ("learnt", "random", "content"),
 }
 
 # Least and greatest value, both valid.

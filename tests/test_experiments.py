@@ -1,13 +1,14 @@
 """Sweeps, their records and tables, and the tests of significance in them."""
 
 import json
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from mmm_jax import errors, experiments, files, significance, tabulate
+from mmm_jax import errors, experiments, files, significance, tabulate, tune
 import runs
 
 # --- significance -------------------------------------------------------------
@@ -69,7 +70,9 @@ def test_holm_by_arithmetic():
 # --- tables -------------------------------------------------------------------
 
 
-def record(number, model, per_user, *, seed=0, split="s", candidates="c"):
+def record(
+  number, model, per_user, *, seed=0, split="s", candidates="c", changes=None
+):
   mean = float(np.mean(per_user))
   metrics = {"ndcg@20": mean, "recall@20": 2 * mean}
   return {
@@ -77,6 +80,7 @@ def record(number, model, per_user, *, seed=0, split="s", candidates="c"):
     "model": model,
     "dataset": "simulated",
     "seed": seed,
+    "changes": changes or {},
     "per_user": np.asarray(per_user, np.float16),
     "metrics": {
       "full": {"valid": {"ndcg@20": 0.5}, "test": metrics},
@@ -111,6 +115,21 @@ def test_rows_of_a_table():
   assert full["wilcoxon"] == "–"  # the reference
   assert pmf["wilcoxon"] == pmf["bootstrap"] == "< .001"
   assert paper["wilcoxon"] == "–"  # other users' values cannot be paired
+
+
+def test_changes_of_data_make_another_set_and_others_another_row():
+  table = tabulate.rows(
+    [
+      record(0, "a", [0, 1], changes={"dataset.simulated.signal.text": 0.0}),
+      record(1, "a", [0, 1], changes={"num_categories": 8, "epochs": 7}),
+      record(2, "a", [0, 1], changes={"num_categories": 16}),
+    ]
+  )
+  assert [(row["dataset"], row["model"]) for row in table] == [
+    ("simulated signal.text=0.0", "a"),
+    ("simulated", "a num_categories=8"),
+    ("simulated", "a num_categories=16"),
+  ]
 
 
 def test_one_split_with_other_candidates_is_an_error():
@@ -218,7 +237,10 @@ def test_a_cell_is_run_once_recorded_and_tabled(root):
   ("arguments", "words"),
   [
     (["run", "--sweep=shrt"], "'shrt', wanted one of short"),
-    (["walk"], "'walk', wanted one of run, table"),
+    (["walk"], "'walk', wanted one of tune, run, table"),
+    (["tune", "--dataset=simulated", "--study=s"], "--model is missing"),
+    (["tune", "--model=mmm:pfm", "--dataset=simulated", "--study=s"], "'pmf'?"),
+    (["tune", "--model=mmm", "--dataset=nothing"], "dataset"),
     (["run", "--cell=1"], "wanted 0 to 0"),
     (["run", "--manual_dir=nowhere"], "NAME=DIR"),
     (["table", "--into=missing.md", "--format=word"], "format"),
@@ -237,6 +259,8 @@ def test_outside_of_the_repository_it_says_so(tmp_path):
   assert done.code == 2 and "repository's root" in done.err
 
 
+STUDIES = "tests/results/studies/*.journal"
+
 # --- what is committed --------------------------------------------------------
 
 
@@ -246,6 +270,10 @@ def test_the_readme_has_the_tables_of_the_records(monkeypatch):
   blocks = readme.split("<!-- table: ")[1:]
   assert blocks
   for block in blocks:
-    sweep, _, rest = block.partition(" -->")
-    table = tabulate.markdown(tabulate.rows(experiments.read_records(sweep)))
+    name, _, rest = block.partition(" -->")
+    if name == "studies":
+      studies = sorted(map(str, pathlib.Path().glob(STUDIES)))
+      table = tune.markdown(studies)
+    else:
+      table = tabulate.markdown(tabulate.rows(experiments.read_records(name)))
     assert rest.partition("<!-- end -->")[0].strip() == table

@@ -260,6 +260,7 @@ def small_model(**changes):
     vectors=(),
     networks=(),
     neighbour_cap=2,
+    equal_networks=False,
     interaction_loss="squared",
     temperature=0.5,
     prior_stream="interactions",
@@ -551,6 +552,30 @@ def test_contrasted_content_picks_its_item_among_the_negatives():
     cost -= score(j) - np.log(np.exp(score(j)) + sum(others))
   np.testing.assert_allclose(found.total, cost, rtol=1e-5)
   assert found.count == 3  # a mean over all items, with the source or not
+
+
+def test_equal_network_weights_are_one_over_k():
+  model = small_model(networks=("a", "b"), equal_networks=True)
+  alpha = jnp.array([[5.0, -5.0], [5.0, -5.0]])
+  member = jnp.array([[True, True], [False, True]])
+  vectors = jnp.asarray(normal(2, 2, 3))
+  found = model._mix(alpha, vectors, member)
+  np.testing.assert_allclose(found[0], vectors[0].mean(0), rtol=1e-6)
+  np.testing.assert_allclose(found[1], vectors[1, 1], rtol=1e-6)
+
+
+def test_permuted_content_is_that_of_other_items():
+  data = toy.random_data(40, 60)
+  real = toy.make_run(toy.get_config("con"), data)
+  config = toy.get_config("con", controls__content="permuted")
+  run = toy.make_run(config, data)
+  assert not (run.content.tokens == real.content.tokens).all()
+  for j in range(60):
+    (k,) = np.flatnonzero(real.content.records == run.content.records[j])
+    assert (run.content.tokens[j] == real.content.tokens[k]).all()
+    assert (run.content(j)["visual"] == real.content(k)["visual"]).all()
+    for name, present in run.shared.present.items():
+      assert present[j] == real.shared.present[name][k]
 
 
 def test_contrasted_content_needs_shared_negatives():

@@ -128,3 +128,20 @@ def test_nobody_shares_anything():
     networks.edges_without_common_item(network, np.array([0]), np.array([0]))
     == 0
   )
+
+
+def test_a_rewired_network_keeps_degrees_and_has_other_neighbours():
+  rng = np.random.default_rng(0)
+  source, target = rng.integers(0, 60, (2, 700))
+  network = networks.from_edges(source, target, 60)
+  found = networks.rewired(network, 0)
+  assert (found.indptr == network.indptr).all()
+  degrees = lambda net: np.bincount(net.indices, minlength=60)
+  assert (degrees(found) == degrees(network)).all()
+  assert (found.sources != found.indices).all()
+  pairs = lambda net: set(zip(net.sources.tolist(), net.indices.tolist()))
+  assert len(pairs(found)) == network.num_edges
+  # By chance an edge is one of the old ones as often as any: 700 of 60 * 59.
+  kept = len(pairs(found) & pairs(network)) / network.num_edges
+  assert kept < 2 * network.num_edges / (60 * 59)
+  assert pairs(networks.rewired(network, 1)) != pairs(found)

@@ -51,6 +51,9 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(tmp_path):
   curve = tune.best_so_far(whole)
   assert curve == sorted(curve)
   assert curve[-1] == whole.best_value == max(t.value for t in whole.trials)
+  line = tune.markdown([str(tmp_path / "whole")]).splitlines()[2]
+  assert line.split(" | ")[2:4] == ["3 (0)", "0.0"]
+  assert f"{curve[0]:.4f}" in line and line.endswith("– | – | – | – |")
   best = whole.best_trial
   text = tune.summary(whole)
   assert f"--config.model.dim={best.params['model.dim']}" in text

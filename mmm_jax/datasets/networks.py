@@ -10,6 +10,7 @@ from scipy import sparse
 _USER_BLOCK = 2048
 _EDGE_BLOCK = 1 << 18
 _SCALE = 1 << 16  # weights are integers: sums do not depend on their order
+_ROUNDS = 100  # of mending a rewired network
 _WEIGHT_BITS, _HASH_BITS = 30, 23  # beside 11 for the row in its block
 
 
@@ -165,3 +166,29 @@ def symmetrised(network: Network) -> Network:
     np.concatenate([target, source]),
     len(network.indptr) - 1,
   )
+
+
+def rewired(network: Network, seed) -> Network:
+  """Other neighbours at random: a control.
+
+  Edges exchange their ends, so that every user has and is as many neighbours
+  as before. What would link a user to itself or twice to another is exchanged
+  again, up to _ROUNDS times, and then left out.
+  """
+  rng = np.random.default_rng(seed)
+  source, target = network.sources, rng.permutation(network.indices)
+  for _ in range(_ROUNDS):
+    bad = _loops_and_repeats(source, target)
+    if not bad.size:
+      break
+    for one, other in zip(bad, rng.integers(len(target), size=bad.size)):
+      target[one], target[other] = target[other], target[one]
+  return from_edges(source, target, len(network.indptr) - 1)
+
+
+def _loops_and_repeats(source, target):
+  """Edges that are not wanted: to oneself, and all but one of equal ones."""
+  order = np.lexsort((target, source))
+  same = np.zeros(len(order), bool)
+  same[1:] = (np.diff(source[order]) == 0) & (np.diff(target[order]) == 0)
+  return np.union1d(order[same], np.flatnonzero(source == target))

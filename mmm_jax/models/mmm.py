@@ -61,6 +61,7 @@ class MMM(nn.Module):
   vectors: tuple[str, ...]  # names of dense sources
   networks: tuple[str, ...]
   neighbour_cap: int  # most neighbours in a mean
+  equal_networks: bool  # a control: a_ik = 1/K
   interaction_loss: str
   temperature: float  # of the softmax loss
   prior_stream: str  # whose rows carry |u|^2 and |v|^2
@@ -343,6 +344,8 @@ class MMM(nn.Module):
 
   def _network_weights(self, alpha, membership):
     """a_ik: softmax over the networks in which a user has neighbours."""
+    if self.equal_networks:
+      alpha = jnp.zeros_like(alpha)
     alpha = jnp.where(membership, alpha, -1e9)
     return jnp.where(membership, jax.nn.softmax(alpha, axis=-1), 0)
 
@@ -490,6 +493,7 @@ def create(config, sources: tuple[str, ...], networks: tuple[str, ...]) -> MMM:
     vectors=tuple(name for name in sources if name != "text"),
     networks=networks,
     neighbour_cap=config.network.neighbour_cap,
+    equal_networks=config.controls.network_weights == "equal",
     interaction_loss=config.interaction_loss,
     temperature=config.losses.softmax.temperature,
     prior_stream="streams"
