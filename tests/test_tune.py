@@ -26,7 +26,8 @@ def make_config():
 
 
 def search(path, trials, **changes):
-  settings = {"space": SPACE, "about": {"model": "m"}, "budget": 1e6} | changes
+  about = {"model": "m", "dataset": "simulated"}
+  settings = {"space": SPACE, "about": about, "budget": 1e6} | changes
   return tune.search(
     make_config,
     settings["space"],
@@ -86,7 +87,9 @@ def test_the_first_trial_is_the_config_as_it_stands(tmp_path):
 def test_a_study_of_something_else_is_refused(tmp_path):
   search(tmp_path / "study", 1)
   with pytest.raises(errors.InputError, match="another model; give another"):
-    search(tmp_path / "study", 2, about={"model": "another"})
+    search(
+      tmp_path / "study", 2, about={"model": "another", "dataset": "simulated"}
+    )
   with pytest.raises(errors.InputError, match="another space"):
     search(tmp_path / "study", 2, space={"model.dim": [8]})
 
