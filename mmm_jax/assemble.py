@@ -114,7 +114,9 @@ def build(config, dataset, split, text: Text) -> Run:
 
 def _permute_content(records, text, shared, seed):
   """A control: every item has the content of some other one."""
-  order = np.random.default_rng(seed).permutation(len(records))
+  cycle = np.random.default_rng(seed).permutation(len(records))
+  order = np.empty_like(cycle)
+  order[cycle] = np.roll(cycle, 1)
   present = {name: there[order] for name, there in shared.present.items()}
   if text.tokens is not None:
     text = text._replace(tokens=text.tokens[order])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmm_jax import assemble, input_pipeline, kmeans, parallel, sampling
+from mmm_jax import assemble, errors, input_pipeline, kmeans, parallel, sampling
 
 
 def make_clustering(run: assemble.Run, engine: parallel.Engine):
@@ -80,7 +80,15 @@ def content_vectors(run: assemble.Run) -> jax.Array:
   """What the sources say of every item, each as a unit vector: [N, F].
 
   A text is the mean of its words' starting vectors.
+
+  Raises:
+    errors.InputError: the run reads no content.
   """
+  if not run.content.nothing():
+    raise errors.InputError(
+      "controls.categories: found 'content', but the run has no source"
+      " (model.sources); valid without one: learnt, random"
+    )
   items = np.arange(run.sizes.num_items, dtype=np.int32)[:, None]
   batches = input_pipeline.read(run.content, items, run.config)
   content = {}

@@ -28,7 +28,7 @@ from absl import flags
 import numpy as np
 from pyarrow import parquet
 
-from mmm_jax import command, errors, files, manifest, tabulate, tune
+from mmm_jax import command, errors, files, manifest, tabulate
 from mmm_jax.datasets import base, splits
 
 _CONFIGS = pathlib.Path("configs")
@@ -166,6 +166,7 @@ def _tune():
     return config
 
   config = make_config()
+  tune = _load_tune()
   found = tune.search(
     make_config,
     module.search_space(config),
@@ -175,6 +176,17 @@ def _tune():
     budget=_BUDGET.value,
   )
   print(tune.summary(found))
+
+
+def _load_tune():
+  """`tune`, which needs an optional package."""
+  try:
+    from mmm_jax import tune
+  except ImportError as error:
+    raise errors.InputError(
+      f"{error.name} is not installed; pip install 'mmm_jax[all]'"
+    ) from error
+  return tune
 
 
 def _tune_in_processes():
@@ -341,7 +353,8 @@ def _progress(workdir, config) -> dict:
 
 def _table():
   if _STUDY.value:
-    name, text = "studies", tune.markdown(_STUDY.value.split(","))
+    name = "studies"
+    text = _load_tune().markdown(_STUDY.value.split(","))
   else:
     name = _required(_SWEEP)
     rows = tabulate.rows(read_records(name))

@@ -22,6 +22,7 @@ import tqdm
 from mmm_jax import parallel, sampling
 
 _SAMPLE = 4096  # items whose vectors tell mean and variance
+_FARTHEST = 10.0  # deviations; a number that is 0 in the sample may be more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ItemContent:
     if name in self.moments:
       mean, deviation = self.moments[name]
       values = (np.asarray(values, np.float32) - mean) / deviation
+      values = np.clip(values, -_FARTHEST, _FARTHEST)
     return np.asarray(values, np.float16)
 
   def nothing(self) -> dict[str, np.ndarray]:

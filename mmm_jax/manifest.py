@@ -125,15 +125,19 @@ def versions() -> dict[str, str | None]:
 def git_revision() -> str | None:
   """Commit of the checkout that this code runs from, "-dirty" if changed.
 
+  Records of results do not count: a sweep writes them while it runs.
+
   None for an installed copy, also where that lies inside another repository.
   """
   here = pathlib.Path(__file__).resolve()
   try:
     _git(here.parent, "ls-files", "--error-unmatch", here.name)
-    return _git(
-      here.parent, "describe", "--always", "--dirty", "--abbrev=40",
-      "--exclude=*",
+    revision = _git(here.parent, "rev-parse", "HEAD")
+    changed = _git(
+      here.parents[1], "status", "--porcelain", "--untracked-files=no",
+      "--", ".", ":!tests/results",
     )  # fmt: skip
+    return revision + ("-dirty" if changed else "")
   except (OSError, subprocess.SubprocessError):
     return None
 

@@ -6,6 +6,7 @@ same command goes on with it.
 """
 
 import contextlib
+import fcntl
 import logging
 import math
 import os
@@ -22,32 +23,37 @@ from mmm_jax import assemble, command, errors, logs, parallel, train, validate
 
 _LOG = logging.getLogger("mmm_jax")
 _STARTS = 5  # trials at random before TPE guesses, and before any is pruned
+_NAME = "study"  # of the only one in a journal
 _STATE = optuna.trial.TrialState
 _NEVER = 1e9  # seconds
 
 
 def open_study(path: str) -> optuna.Study:
   """The study in a journal, new or as it was left."""
-  optuna.logging.set_verbosity(optuna.logging.ERROR)
   pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-  storage = optuna.storages.JournalStorage(journal.JournalFileBackend(path))
   return optuna.create_study(
-    storage=storage,
-    study_name="study",
+    storage=_storage(path),
+    study_name=_NAME,
     direction="maximize",
     load_if_exists=True,
   )
 
 
+def _storage(path):
+  optuna.logging.set_verbosity(optuna.logging.ERROR)
+  return optuna.storages.JournalStorage(journal.JournalFileBackend(path))
+
+
 def search(
   make_config, space: dict, about: dict, path, *, trials: int, budget: float
 ) -> optuna.Study:
-  """Runs trials until `trials` have ended or `budget` seconds are over.
+  """Runs trials until `trials` have begun or `budget` seconds are over.
 
   Args:
     make_config: function that gives the config from which trials start.
     space: {key: ("log" or "uniform", low, high), or a list of choices}.
-    about: what the study is of; a journal of something else is refused.
+    about: names of what the study is of; a journal of something else, or with
+      another space, is refused.
     path: the journal.
     trials: how many, with those of earlier calls and of other processes.
     budget: no trial begins after so many seconds; the one under way finishes.
@@ -60,10 +66,13 @@ def search(
   """
   study = open_study(path)
   _check_same(study, {**about, "space": _plain(space)}, path)
-  _give_up_dead_trials(study)
   end = time.monotonic() + budget
-  while _begun(study) < trials and time.monotonic() < end:
-    trial = _ask(study, make_config(), space, trials)
+  while time.monotonic() < end:
+    with _alone(path):
+      _give_up_dead_trials(study)
+      if _begun(study) >= trials:
+        break
+      trial = _ask(study, make_config(), space)
     started = time.monotonic()
     value, state = _run_trial(trial, make_config(), space)
     trial.set_user_attr("seconds", time.monotonic() - started)
@@ -71,6 +80,14 @@ def search(
     _LOG.info(_trial_line(study, trial.number))
     jax.clear_caches()  # the next trial has other shapes
   return study
+
+
+@contextlib.contextmanager
+def _alone(path):
+  """Of all processes on a study, one at a time begins a trial."""
+  with open(f"{path}.begin", "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
 
 
 def _check_same(study, about, path):
@@ -110,10 +127,12 @@ def _alive(attributes) -> bool:
     os.kill(attributes["pid"], 0)
   except ProcessLookupError:
     return False
+  except PermissionError:  # somebody else's
+    return True
   return attributes["pid"] != os.getpid()
 
 
-def _ask(study, config, space, trials):
+def _ask(study, config, space):
   """The next trial: the config as it stands, then what TPE proposes."""
   number = len(study.get_trials(deepcopy=False))
   if not number:
@@ -125,7 +144,8 @@ def _ask(study, config, space, trials):
     seed=config.seed + number,
   )
   study.pruner = optuna.pruners.MedianPruner(
-    n_startup_trials=_STARTS, n_warmup_steps=config.epochs // 4
+    n_startup_trials=_STARTS,
+    n_warmup_steps=config.eval.patience * config.eval.every_epochs,
   )
   trial = study.ask()
   sign(trial)
@@ -168,7 +188,7 @@ def _run_trial(trial, config, space):
   """Trains to early stopping; the best validation metric and how it ended."""
   config.update_from_flattened_dict(suggest(trial, space))
   config.checkpoint.every_seconds = _NEVER
-  config.log.tensorboard = False
+  config.log.tensorboard = config.log.gradients = False
   validate.check(config)
   run = assemble.assemble(config)
   with tempfile.TemporaryDirectory(prefix="mmm_jax-trial-") as workdir:
@@ -245,7 +265,7 @@ def markdown(paths: list[str]) -> str:
 def _study_line(path):
   if not pathlib.Path(path).exists():
     raise errors.InputError(f"--study: {path} is not there")
-  study = open_study(path)
+  study = optuna.load_study(study_name=_NAME, storage=_storage(path))
   about, curve = study.user_attrs["about"], best_so_far(study)
   trials = study.get_trials(deepcopy=False)
   pruned = sum(trial.state == _STATE.PRUNED for trial in trials)

@@ -2,8 +2,9 @@
 
 import jax
 import numpy as np
+import pytest
 
-from mmm_jax import clustering, kmeans
+from mmm_jax import clustering, errors, kmeans
 import toy
 
 
@@ -41,6 +42,11 @@ def test_random_categories_have_the_sizes_of_the_learnt_ones():
   for c in range(3):
     mean = rows[second.assignment == c].mean(0)
     np.testing.assert_allclose(second.centroids[c], mean, atol=1e-5)
+
+
+def test_categories_of_content_need_content():
+  with pytest.raises(errors.InputError, match="no source"):
+    categories("content", toy.random_data(40, 60), "cat")
 
 
 def test_categories_of_content_are_those_of_the_sources():

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -277,3 +279,13 @@ def test_the_readme_has_the_tables_of_the_records(monkeypatch):
     else:
       table = tabulate.markdown(tabulate.rows(experiments.read_records(name)))
     assert rest.partition("<!-- end -->")[0].strip() == table
+
+
+def test_the_readme_has_the_measured_speed():
+  script = runs.ROOT / "tests" / "benchmarks" / "speed.py"
+  flag = f"--table={runs.ROOT}/tests/results/speed.json"
+  table = subprocess.check_output(
+    [sys.executable, script, flag], text=True, env=runs.environment()
+  )
+  assert len(table) > 1000
+  assert table in (runs.ROOT / "README.md").read_text()

@@ -569,7 +569,7 @@ def test_permuted_content_is_that_of_other_items():
   real = toy.make_run(toy.get_config("con"), data)
   config = toy.get_config("con", controls__content="permuted")
   run = toy.make_run(config, data)
-  assert not (run.content.tokens == real.content.tokens).all()
+  assert (run.content.records != real.content.records).all()
   for j in range(60):
     (k,) = np.flatnonzero(real.content.records == run.content.records[j])
     assert (run.content.tokens[j] == real.content.tokens[k]).all()

@@ -1,6 +1,5 @@
 """Searches: what a trial may see, and how a study goes on."""
 
-import dataclasses
 import os
 
 import numpy as np
@@ -52,7 +51,9 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(tmp_path):
   curve = tune.best_so_far(whole)
   assert curve == sorted(curve)
   assert curve[-1] == whole.best_value == max(t.value for t in whole.trials)
+  before = (tmp_path / "whole").read_bytes()
   line = tune.markdown([str(tmp_path / "whole")]).splitlines()[2]
+  assert (tmp_path / "whole").read_bytes() == before
   assert line.split(" | ")[2:4] == ["3 (0)", "0.0"]
   assert f"{curve[0]:.4f}" in line and line.endswith("– | – | – | – |")
   best = whole.best_trial
@@ -64,17 +65,15 @@ def test_trials_never_see_the_test_part(tmp_path, monkeypatch):
   expected = values_of(search(tmp_path / "real", 1))
   make = splits.make
 
-  def without_test(dataset, config):
+  def with_other_test_items(dataset, config):
     split = make(dataset, config)
-    part = split.part.copy()
-    items = dataset.item.copy()
-    test = part == splits.TEST
-    rng = np.random.default_rng(0)
-    items[test] = rng.permutation(items[test])
-    dataset.item[:] = items  # other test items, for everybody
-    return dataclasses.replace(split, part=part)
+    test = split.part == splits.TEST
+    items = np.random.default_rng(0).permutation(dataset.item[test])
+    assert (items != dataset.item[test]).any()
+    dataset.item[test] = items
+    return split
 
-  monkeypatch.setattr(splits, "make", without_test)
+  monkeypatch.setattr(splits, "make", with_other_test_items)
   assert values_of(search(tmp_path / "changed", 1)) == expected
 
 
@@ -134,7 +133,7 @@ def test_nothing_to_validate_on(tmp_path):
 
 
 def test_spaces_name_keys_of_the_config():
-  for variants in ("", "pmf", "softmax", "softmax,con", "cat", "net"):
+  for variants in ("", "pmf", "softmax", "best", "best,con", "cat", "net"):
     config = runs.config(variants)
     known = dict(validate.leaves(config))
     space = runs.config_module().search_space(config)

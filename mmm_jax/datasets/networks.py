@@ -173,7 +173,8 @@ def rewired(network: Network, seed) -> Network:
 
   Edges exchange their ends, so that every user has and is as many neighbours
   as before. What would link a user to itself or twice to another is exchanged
-  again, up to _ROUNDS times, and then left out.
+  again, up to _ROUNDS times, and then left out. Friendships lose their other
+  direction.
   """
   rng = np.random.default_rng(seed)
   source, target = network.sources, rng.permutation(network.indices)

@@ -1,11 +1,13 @@
 """Speed of training and evaluation on this machine, and of `implicit` beside.
 
-    python tests/benchmarks/speed.py --out=speed.json
+    python tests/benchmarks/speed.py --out=tests/results/speed.json
         [--manual_dir=microlens=DIR] [--only=pmf,mmm]
+    python tests/benchmarks/speed.py --table=tests/results/speed.json
 
-Medians of five after compilation, with the values of configs/mmm.py but for
-what the text of a measurement names. Needs the extra `test`; no real data,
-except for the lists of MicroLens, which are left out without --manual_dir.
+Medians of five after compilation (of `implicit`: the mean of 20 epochs), with
+the values of configs/mmm.py but for what the text of a measurement names. Needs
+the extra `test`; no real data, except for the lists of MicroLens, which are
+left out without --manual_dir.
 """
 
 import argparse
@@ -51,10 +53,14 @@ def main():
   parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
   parser.add_argument("--manual_dir", default="", help="microlens=DIR")
   parser.add_argument("--only", default="", help=f"of {', '.join(MEASURED)}")
+  parser.add_argument("--table", type=pathlib.Path, help="JSON file to print")
   parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
   flags = parser.parse_args()
   if flags.rows:
     print(json.dumps(measure_rows(flags.rows)))
+    return
+  if flags.table:
+    print(markdown(json.loads(flags.table.read_text())))
     return
   command.cache_compilations("~/.cache/mmm_jax")
   wanted = flags.only.split(",") if flags.only else list(MEASURED)
@@ -66,6 +72,72 @@ def main():
     found |= values
   if flags.out:
     flags.out.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+
+
+LINES = (
+  ("matrix product, 2048 × 2048, GF/s", "matmul_gflop_per_s", "{:.0f}", "–"),
+  ("reading memory, GB/s", "memory_gb_per_s", "{:.0f}", "–"),
+  ("`implicit` BPR, M pairs/s", "implicit_pairs_per_s", "M", "–"),
+  (
+    "`pmf`, M samples/s (positives + negatives)",
+    "pmf_samples_per_s",
+    "M",
+    "≥ 2.0",
+  ),
+  (
+    "`pmf`, M pairs/s (negatives)",
+    "pmf_pairs_per_s",
+    "M",
+    "≥ 0.7 × `implicit`",
+  ),
+  (
+    "MMM, an epoch of all terms, 16 neighbours, s",
+    "mmm_epoch_s",
+    "{:.2f}",
+    "≤ 2.0",
+  ),
+  ("… with content streamed, s", "mmm_streamed_epoch_s", "{:.2f}", "≤ 1.3 ×"),
+  ("4096-d content, items/s", "content_items_per_s", "{:,.0f}", "≥ 3,000"),
+  ("`full` evaluation, all metrics, s", "full_eval_s", "{:.2f}", "≤ 1.0"),
+  ("top 20, all of MicroLens, s", "microlens_lists_s", "{:.1f}", "≤ 5"),
+  ("step, 9,412 + 19,058 rows, ms", "step_ms_paper_size", "{:.1f}", "–"),
+  ("step, 1 M + 1 M rows, ms", "step_ms_million_rows", "{:.1f}", "–"),
+  ("ratio of the two", "row_update_ratio", "{:.2f}", "≤ 2"),
+  (
+    "memory / (tables + moments + index)",
+    "table_memory_ratio",
+    "{:.2f}",
+    "≤ 1.1",
+  ),
+  ("start to first step, cold, s", "start_cold_s", "{:.1f}", "≤ 25"),
+  ("… with the compilation cache, s", "start_cached_s", "{:.1f}", "≤ 15"),
+)
+
+
+def markdown(found: dict) -> str:
+  """The figures of a file as a table."""
+  lines = ["| what | measured | wanted |", "| --- | --- | --- |"]
+  for text, key, form, wanted in LINES:
+    if key in found:
+      value = found[key]
+      value = f"{value / 1e6:.2f}" if form == "M" else form.format(value)
+      lines.append(f"| {text} | {value} | {wanted} |")
+  return "\n".join(lines) + "\n\n" + _profile_table(found)
+
+
+def _profile_table(found):
+  """A step against the limits of the machine: GF and MB at its full speed."""
+  heads = ["step of", "measured, ms", "GFLOP", "at full speed, ms", "MB"]
+  heads.append("at full speed, ms")
+  lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+  for name, step in found["profile"].items():
+    computing = 1000 * step["gflop"] / found["matmul_gflop_per_s"]
+    moving = step["mb"] / found["memory_gb_per_s"]
+    lines.append(
+      f"| `{name}` | {step['step_ms']:.1f} | {step['gflop']:.2f} |"
+      f" {computing:.1f} | {step['mb']:.0f} | {moving:.1f} |"
+    )
+  return "\n".join(lines)
 
 
 def median_seconds(function, *, warm=1) -> float:
@@ -194,6 +266,37 @@ def mmm(_):
   with Training(get_config(network__neighbour_cap=16)) as training:
     seconds = median_seconds(training.epoch, warm=2)
   return {"mmm_epoch_s": seconds}
+
+
+def profile(_):
+  """B6: epochs of the variants, and what XLA counts for a step of each.
+
+  The time is that of an epoch over its steps: with the order of the epoch, the
+  Lloyd pass and the log. What XLA counts is of the step alone.
+  """
+  return {"profile": {name: _profile(name) for name in PROFILED}}
+
+
+def _profile(variant):
+  with Training(get_config(variant, network__neighbour_cap=16)) as training:
+    seconds = median_seconds(training.epoch, warm=2)
+    trainer = training.trainer
+    plan = trainer._plan(trainer.shards, np.int32(0))
+    lowered = trainer._chunk.lower(
+      np.int32(1),
+      trainer.state,
+      trainer.shards,
+      trainer.shared,
+      plan,
+      trainer.resident,
+    )
+    cost = lowered.compile().cost_analysis()
+    steps = training.run.sizes.steps
+  return {
+    "step_ms": 1000 * seconds / steps,
+    "gflop": cost["flops"] / 1e9,
+    "mb": cost["bytes accessed"] / 1e6,
+  }
 
 
 def streamed(_):
@@ -402,11 +505,13 @@ def seconds_to_first_step(data_dir, workdir) -> float:
     process.wait()
 
 
+PROFILED = ("pmf", "cat", "net", "con", "full")
 MEASURED = {
   "machine": machine,
   "implicit": implicit_bpr,
   "pmf": pmf,
   "mmm": mmm,
+  "profile": profile,
   "streamed": streamed,
   "rows": row_updates,
   "eval": full_evaluation,
