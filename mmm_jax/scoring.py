@@ -48,7 +48,9 @@ def make_scorer(run: assemble.Run, params, rows, categories) -> evaluate.Scorer:
     categories: the model's.
   """
   params, rows, categories = jax.device_put((params, rows, categories))
-  shared = jax.tree.map(jnp.asarray, run.shared)
+  # Without what only training reads: this is uploaded at every validation.
+  shared = run.shared._replace(seen=None, present={})
+  shared = jax.tree.map(jnp.asarray, shared)
   return evaluate.Scorer(
     users=lambda user: _user_vectors(run.model, params, rows, shared, user),
     items=_item_vectors(run.model, params, rows, categories),

@@ -163,7 +163,12 @@ def _lines(table):
 
 
 def markdown(table: list[dict[str, str]]) -> str:
-  lines = [list(_HEADS.values()), ["---"] * len(_HEADS), *_lines(table)]
+  return markdown_lines(list(_HEADS.values()), _lines(table))
+
+
+def markdown_lines(heads: list[str], lines: list[list[str]]) -> str:
+  """A Markdown table of text."""
+  lines = [heads, ["---"] * len(heads), *lines]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -19,13 +19,24 @@ import jax
 import optuna
 from optuna.storages import journal
 
-from mmm_jax import assemble, command, errors, logs, parallel, train, validate
+from mmm_jax import (
+  assemble,
+  command,
+  errors,
+  logs,
+  parallel,
+  tabulate,
+  train,
+  validate,
+)
 
 _LOG = logging.getLogger("mmm_jax")
 _STARTS = 5  # trials at random before TPE guesses, and before any is pruned
 _NAME = "study"  # of the only one in a journal
 _STATE = optuna.trial.TrialState
 _NEVER = 1e9  # seconds
+_AFTER = (1, 5, 10, 20, 30)  # trials, in the table
+_HEADS = ("study", "on", "trials (pruned)", "hours", "keys searched")
 
 
 def open_study(path: str) -> optuna.Study:
@@ -72,9 +83,10 @@ def search(
       _give_up_dead_trials(study)
       if _begun(study) >= trials:
         break
-      trial = _ask(study, make_config(), space)
+      config = make_config()
+      trial = _ask(study, config, space)
     started = time.monotonic()
-    value, state = _run_trial(trial, make_config(), space)
+    value, state = _run_trial(trial, config, space)
     trial.set_user_attr("seconds", time.monotonic() - started)
     study.tell(trial, value, state)
     _LOG.info(_trial_line(study, trial.number))
@@ -160,7 +172,7 @@ def sign(trial) -> None:
 
 def _values_now(config, space) -> dict:
   """What the config has for the keys of the space, where it lies inside."""
-  values = {key: value for key, value in validate.leaves(config)}
+  values = dict(validate.leaves(config))
   now = {}
   for key, wanted in space.items():
     if isinstance(wanted, list):
@@ -251,15 +263,10 @@ def summary(study) -> str:
   return "\n".join(lines)
 
 
-_AFTER = (1, 5, 10, 20, 30)  # trials
-_HEADS = ("study", "on", "trials (pruned)", "hours", "keys searched")
-
-
 def markdown(paths: list[str]) -> str:
   """Sizes of studies, and the best validated metric as they went on."""
   heads = [*_HEADS, *(f"best after {n}" for n in _AFTER)]
-  lines = [heads, ["---"] * len(heads), *map(_study_line, paths)]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  return tabulate.markdown_lines(heads, map(_study_line, paths))
 
 
 def _study_line(path):

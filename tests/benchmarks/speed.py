@@ -37,6 +37,7 @@ from mmm_jax import (
   parallel,
   recommend,
   scoring,
+  tabulate,
   train,
 )
 from mmm_jax.datasets import splits
@@ -116,28 +117,29 @@ LINES = (
 
 def markdown(found: dict) -> str:
   """The figures of a file as a table."""
-  lines = ["| what | measured | wanted |", "| --- | --- | --- |"]
+  lines = []
   for text, key, form, wanted in LINES:
     if key in found:
       value = found[key]
       value = f"{value / 1e6:.2f}" if form == "M" else form.format(value)
-      lines.append(f"| {text} | {value} | {wanted} |")
-  return "\n".join(lines) + "\n\n" + _profile_table(found)
+      lines.append([text, value, wanted])
+  table = tabulate.markdown_lines(["what", "measured", "wanted"], lines)
+  return f"{table}\n\n{_profile_table(found)}"
 
 
 def _profile_table(found):
   """A step against the limits of the machine: GF and MB at its full speed."""
   heads = ["step of", "measured, ms", "GFLOP", "at full speed, ms", "MB"]
   heads.append("at full speed, ms")
-  lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+  lines = []
   for name, step in found["profile"].items():
     computing = 1000 * step["gflop"] / found["matmul_gflop_per_s"]
     moving = step["mb"] / found["memory_gb_per_s"]
-    lines.append(
-      f"| `{name}` | {step['step_ms']:.1f} | {step['gflop']:.2f} |"
-      f" {computing:.1f} | {step['mb']:.0f} | {moving:.1f} |"
-    )
-  return "\n".join(lines)
+    figures = (step["step_ms"], step["gflop"], computing, step["mb"], moving)
+    forms = ("{:.1f}", "{:.2f}", "{:.1f}", "{:.0f}", "{:.1f}")
+    cells = [form.format(figure) for form, figure in zip(forms, figures)]
+    lines.append([f"`{name}`", *cells])
+  return tabulate.markdown_lines(heads, lines)
 
 
 def median_seconds(function, *, warm=1) -> float:
