@@ -39,7 +39,8 @@ def get_config(variants: str = "") -> ConfigDict:
 
   c.network = ConfigDict()
   c.network.symmetrise = False  # follow means: whom the user follows
-  c.network.neighbour_cap = 64  # in a mean; sampled above it
+  c.network.neighbour_cap = 64  # in a mean of training; sampled above it
+  c.network.scoring_cap = 64  # in one for scores, the same ones each time
   c.network.co_like_degree = 64
 
   c.kmeans = ConfigDict()
@@ -69,6 +70,7 @@ def get_config(variants: str = "") -> ConfigDict:
   c.remedies.alpha_prior = 0.0  # H2: weight of 1/2 |alpha|^2
   c.remedies.networks_in_user = 0.0  # H3: share of u^k in the predictor
   c.remedies.neighbours_in_user = False  # H3: there, the neighbours' mean
+  c.remedies.history_in_user = 0.0  # H3: share of the user's items' mean v
   c.remedies.frozen_categories = False  # H4: w follows its centroid alone
 
   # What a part is worth: the same model with that part made meaningless.
@@ -90,7 +92,7 @@ def search_space(c) -> dict:
   loss = f"losses.{c.interaction_loss}"
   space = {
     "model.dim": [64, 128, 256],
-    f"{loss}.learning_rate": ("log", 1e-3, 1e-2),
+    f"{loss}.learning_rate": ("log", 1e-3, 2e-2),
     "weights.user": ("log", 0.02, 1.0),
     "weights.item": ("log", 0.02, 1.0),
   }
@@ -107,6 +109,8 @@ def search_space(c) -> dict:
     space["weights.network_prior"] = ("log", 0.02, 1.0)
     if c.remedies.networks_in_user:
       space["remedies.networks_in_user"] = ("log", 0.1, 2.0)
+  if c.remedies.history_in_user:
+    space["remedies.history_in_user"] = ("log", 0.1, 2.0)
   if c.num_categories:
     space["weights.category"] = ("log", 0.1, 100.0)
     space["weights.category_prior"] = ("log", 0.1, 100.0)
@@ -170,7 +174,7 @@ def best(c):
   c.losses.softmax.shared_negatives = 1024
   c.tables.init_scale = 0.1
   c.input.standardise = True
-  c.network.neighbour_cap = 16
+  c.network.neighbour_cap = 4
   c.weights.content = 0.3
   c.weights.user = c.weights.item = 0.02
   c.weights.category = c.weights.category_prior = 1.0

@@ -70,19 +70,23 @@ def build(config, dataset, split, text: Text) -> Run:
   Raises:
     errors.InputError: the config asks for what the set does not have.
   """
-  sizes = streams.measure(dataset, split, config)
-  validate.check_categories(config, sizes.num_items)
+  validate.check_categories(config, len(dataset.items))
   sources = streams.choose_sources(dataset, config)
-  networks, facts = streams.choose_networks(dataset, split, config)
-  shards, shared = streams.build(dataset, split, networks, sources, config)
-  if text.tokens is not None:
-    # A text without a word says as little as none.
-    has_words = (text.tokens != features.PADDING).any(1)
-    present = shared.present | {"text": shared.present["text"] & has_words}
-    shared = shared._replace(present=present)
-  records = dataset.records
+  records, present = dataset.records, {n: dataset.present[n] for n in sources}
   if config.controls.content == "permuted":
-    records, text, shared = _permute_content(records, text, shared, config.seed)
+    records, text, present = _permute_content(
+      records, text, present, config.seed
+    )
+  lengths = None
+  if text.tokens is not None:
+    lengths = (text.tokens != features.PADDING).sum(1)
+    # A text without a word says as little as none.
+    present["text"] = present["text"] & (lengths > 0)
+  sizes = streams.measure(dataset, split, lengths, config)
+  networks, facts = streams.choose_networks(dataset, split, config)
+  shards, shared = streams.build(
+    dataset, split, networks, present, lengths, config
+  )
   content = input_pipeline.ItemContent(
     item_source=dataset.item_source,
     records=records,
@@ -112,15 +116,15 @@ def build(config, dataset, split, text: Text) -> Run:
   )
 
 
-def _permute_content(records, text, shared, seed):
+def _permute_content(records, text, present, seed):
   """A control: every item has the content of some other one."""
   cycle = np.random.default_rng(seed).permutation(len(records))
   order = np.empty_like(cycle)
   order[cycle] = np.roll(cycle, 1)
-  present = {name: there[order] for name, there in shared.present.items()}
+  present = {name: there[order] for name, there in present.items()}
   if text.tokens is not None:
     text = text._replace(tokens=text.tokens[order])
-  return records[order], text, shared._replace(present=present)
+  return records[order], text, present
 
 
 def _read_text(dataset, split, sources, config) -> Text:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmm_jax import assemble, errors, input_pipeline, kmeans, parallel, sampling
+from mmm_jax import assemble, errors, kmeans, parallel, sampling
 
 
 def make_clustering(run: assemble.Run, engine: parallel.Engine):
@@ -89,15 +89,9 @@ def content_vectors(run: assemble.Run) -> jax.Array:
       "controls.categories: found 'content', but the run has no source"
       " (model.sources); valid without one: learnt, random"
     )
-  items = np.arange(run.sizes.num_items, dtype=np.int32)[:, None]
-  batches = input_pipeline.read(run.content, items, run.config)
-  content = {}
-  for batch in batches:
-    for name, values in batch.items():
-      content.setdefault(name, []).append(values[0])
+  content = run.content(np.arange(run.sizes.num_items))
   parts = []
   for name, rows in content.items():
-    rows = np.stack(rows)
     if name == "text":
       words = np.where((rows > 0)[..., None], run.words[rows], 0)
       rows = words.sum(1)  # its length does not matter

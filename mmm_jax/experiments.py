@@ -170,7 +170,7 @@ def _tune():
   found = tune.search(
     make_config,
     module.search_space(config),
-    {"model": model, "dataset": dataset},
+    {"model": model, "dataset": dataset, "config": hash_config(config)},
     study,
     trials=_TRIALS.value,
     budget=_BUDGET.value,

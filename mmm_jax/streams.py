@@ -8,6 +8,7 @@ Shapes: S data shards of this device, T steps of an epoch, W width of a step in
 a shard, B = S * W, N items, M users, K networks.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -18,7 +19,21 @@ import numpy as np
 from mmm_jax import errors, sampling
 from mmm_jax.datasets import networks, splits
 
-_INTERACTIONS, _ITEMS, _USERS = range(3)
+_INTERACTIONS, _USERS, _ITEMS = range(3)  # each bin of items has its own
+_BINS = 4  # of text length
+
+
+class Bin(NamedTuple):
+  """A part of the item stream: items whose texts are about as long.
+
+  An epoch spreads each bin over its steps, so that a step can encode short
+  texts without the padding that long ones would need.
+  """
+
+  start: int  # first place in a shard
+  places: int  # in a shard
+  width: int  # of a step in a shard
+  tokens: int  # most of a text
 
 
 class Sizes(NamedTuple):
@@ -30,7 +45,7 @@ class Sizes(NamedTuple):
   num_shards: int
   steps: int  # of an epoch
   interaction_width: int
-  item_width: int
+  item_bins: tuple[Bin, ...]
   user_width: int
   max_seen: int  # most training items of a user
 
@@ -40,7 +55,7 @@ class Shards(NamedTuple):
 
   number: jax.Array  # [S]
   interactions: sampling.Stream  # ids "user", "item"
-  items: sampling.Stream  # ids "item"
+  items: sampling.Stream  # ids "item", bin behind bin; count [S, bins]
   users: sampling.Stream  # ids "user"
 
 
@@ -61,8 +76,14 @@ class Plan(NamedTuple):
   users: jax.Array
 
 
-def measure(dataset, split, config) -> Sizes:
+def measure(dataset, split, lengths, config) -> Sizes:
   """The sizes of a run.
+
+  Args:
+    dataset: the set.
+    split: its split.
+    lengths: [N] words of every item's text, or None if texts are not read.
+    config: the run's config.
 
   Raises:
     errors.InputError: there is nothing to train on.
@@ -77,27 +98,50 @@ def measure(dataset, split, config) -> Sizes:
     )
   steps = math.ceil(num_train / batch_size)
   width = lambda size: math.ceil(math.ceil(size / num_shards) / steps)
+  num_items = len(dataset.items)
   return Sizes(
     num_users=len(dataset.users),
-    num_items=len(dataset.items),
+    num_items=num_items,
     num_train=num_train,
     num_shards=num_shards,
     steps=steps,
     interaction_width=batch_size // num_shards,
-    item_width=width(len(dataset.items)),
+    item_bins=_bins(lengths, num_items, width(num_items), num_shards),
     user_width=width(len(dataset.users)),
     max_seen=int(np.bincount(dataset.user[train]).max()),
   )
 
 
-def build(dataset, split, used_networks, sources, config) -> tuple:
+def _bins(lengths, num_items, width, num_shards) -> tuple[Bin, ...]:
+  """Bins that together are no wider than the undivided stream."""
+  bins, start = [], 0
+  for part, items in _cut(lengths, num_items, width):
+    places = math.ceil(len(items) / num_shards)
+    tokens = 0 if lengths is None else max(int(lengths[items].max()), 1)
+    bins.append(Bin(start, places, part, tokens))
+    start += places
+  return tuple(bins)
+
+
+def _cut(lengths, num_items, width) -> list[tuple]:
+  """(width, items) of every bin: as many items for each place of a step."""
+  if lengths is None:
+    return [(width, np.arange(num_items))]
+  widths = [len(x) for x in np.array_split(range(width), min(_BINS, width))]
+  ends = np.cumsum(widths) * num_items // width
+  by_length = np.argsort(lengths, kind="stable")
+  return list(zip(widths, np.split(by_length, ends[:-1])))
+
+
+def build(dataset, split, used_networks, present, lengths, config) -> tuple:
   """`Shards` and `Shared` of a run, as NumPy arrays.
 
   Args:
     dataset: the set.
     split: its split.
     used_networks: {name: datasets.base.Network}, in the model's order.
-    sources: names of the content sources that the model reads.
+    present: source -> [N] bool, of the sources that the model reads.
+    lengths: as for `measure`.
     config: the run's config.
   """
   train = split.part == splits.TRAIN
@@ -108,10 +152,16 @@ def build(dataset, split, used_networks, sources, config) -> tuple:
     [[0], np.bincount(user, minlength=num_users).cumsum()]
   )
   deal = lambda **ids: sampling.deal(config.seed, config.data_shards, **ids)
+  bins = measure(dataset, split, lengths, config).item_bins
+  width = sum(each.width for each in bins)
+  items = [deal(item=own) for _, own in _cut(lengths, num_items, width)]
   shards = Shards(
     number=np.arange(config.data_shards, dtype=np.int32),
     interactions=deal(user=user, item=item),
-    items=deal(item=np.arange(num_items)),
+    items=sampling.Stream(
+      {"item": np.concatenate([part.ids["item"] for part in items], axis=1)},
+      np.stack([part.count for part in items], axis=1),
+    ),
     users=deal(user=np.arange(num_users)),
   )
   shared = Shared(
@@ -125,7 +175,7 @@ def build(dataset, split, used_networks, sources, config) -> tuple:
     )
     if used_networks
     else np.zeros((num_users, 0), bool),
-    present={name: dataset.present[name] for name in sources},
+    present=present,
   )
   return shards, shared
 
@@ -224,9 +274,16 @@ def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes, seed: int) -> Plan:
       packed=packed,
     )
 
+  def items(number):
+    own = sizes.item_bins[number]
+    ids = shards.items.ids["item"][:, own.start : own.start + own.places]
+    part = sampling.Stream({"item": ids}, shards.items.count[:, number])
+    places = order(part, _ITEMS + number, own.width, False)
+    return jnp.where(places < 0, places, own.start + places)
+
   return Plan(
     order(shards.interactions, _INTERACTIONS, sizes.interaction_width, True),
-    order(shards.items, _ITEMS, sizes.item_width, False),
+    jnp.concatenate([items(n) for n in range(len(sizes.item_bins))], axis=-1),
     order(shards.users, _USERS, sizes.user_width, False),
   )
 
@@ -256,9 +313,11 @@ def draw_batch(
 
   Returns:
     `user`, `item` [B]; `negatives` [B, n], or [n'] for the softmax;
-    `stream_item` [S, W]; `vectors` {source: [S, W, F]}; `tokens` [S, W, L];
+    `stream_item` [S, W]; `vectors` {source: [S, W, F]}; `tokens`, one
+    [S, width, L] for every bin of items, or none;
     `present` {source: [S, W]}; `stream_user` [U]; `neighbours` {network:
-    [U, A]}; `user_neighbours` {network: [B, A]}; `membership` [B, K];
+    [U, A]}; `user_neighbours` {network: [B, A]}; `history` [B, A], other
+    training items of the user; `membership` [B, K];
     `shared_fraction`, this device's part of rows that all devices hold.
   """
   epoch, at = jax.lax.div(step, sizes.steps), jax.lax.rem(step, sizes.steps)
@@ -266,30 +325,30 @@ def draw_batch(
   pairs = sampling.take(shards.interactions, places.interactions)
   stream_item = sampling.take(shards.items, places.items)["item"]
   stream_user = sampling.take(shards.users, places.users)["user"].reshape(-1)
+  window = functools.partial(
+    sampling.neighbours,
+    seed=config.seed,
+    epoch=epoch,
+    cap=config.network.neighbour_cap,
+  )
   drawn = lambda ids: {
-    name: sampling.neighbours(
-      ids,
-      network,
-      seed=config.seed,
-      number=number,
-      epoch=epoch,
-      cap=config.network.neighbour_cap,
-    )
+    name: window(ids, network, number=number)
     for number, (name, network) in enumerate(shared.networks.items())
   }
   content = dict(content)
   tokens = content.pop("text", None)
-  user = pairs["user"].reshape(-1)
+  user, item = pairs["user"].reshape(-1), pairs["item"].reshape(-1)
+  history = window(user, shared.seen, number=len(shared.networks))
   return {
     "user": user,
-    "item": pairs["item"].reshape(-1),
+    "item": item,
     "negatives": _negatives(
       pairs["user"], places.interactions, shards, shared, step, sizes, config
     ),
     "shared_fraction": 1 / num_devices,
     "stream_item": stream_item,
     "vectors": content,
-    "tokens": None if tokens is None else _words(tokens, stream_item),
+    "tokens": _words(tokens, stream_item, sizes.item_bins),
     "present": {
       name: present.at[stream_item].get(mode="fill", fill_value=False)
       for name, present in shared.present.items()
@@ -297,18 +356,24 @@ def draw_batch(
     "stream_user": stream_user,
     "neighbours": drawn(stream_user),
     "user_neighbours": drawn(user),
+    # Without what is to be predicted.
+    "history": jnp.where(history == item[:, None], sampling.PAD, history),
     "membership": shared.membership.at[user].get(mode="fill", fill_value=False),
   }
 
 
-def _words(tokens, item):
-  """Rows of the word table, PAD where there is no word or no item.
+def _words(tokens, item, bins):
+  """Rows of the word table by bin, PAD where there is no word or no item.
 
   What stands in the place of no item is another item's text if the content is
   resident; its words must not count as touched.
   """
+  if tokens is None:
+    return ()
   real = (tokens > 0) & (item != sampling.PAD)[..., None]  # 0 is padding
-  return jnp.where(real, tokens.astype(jnp.int32), sampling.PAD)
+  words = jnp.where(real, tokens.astype(jnp.int32), sampling.PAD)
+  parts = jnp.split(words, np.cumsum([each.width for each in bins])[:-1], 1)
+  return tuple(part[..., : each.tokens] for part, each in zip(parts, bins))
 
 
 def _negatives(user, places, shards, shared, step, sizes, config):

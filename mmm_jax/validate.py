@@ -66,6 +66,7 @@ RANGES = {
   "text.max_tokens": (1, math.inf),
   "text.filters": (1, math.inf),
   "network.neighbour_cap": (1, math.inf),
+  "network.scoring_cap": (1, math.inf),
   "network.co_like_degree": (1, math.inf),
   "kmeans.warmup_epochs": (0, math.inf),
   "kmeans.restarts": (1, math.inf),
@@ -77,6 +78,7 @@ RANGES = {
   "remedies.content_temperature": (0, math.inf),
   "remedies.alpha_prior": (0, math.inf),
   "remedies.networks_in_user": (0, math.inf),
+  "remedies.history_in_user": (0, math.inf),
 }
 
 POSITIVE = (

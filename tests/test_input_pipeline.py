@@ -18,9 +18,9 @@ class Source:
   def __init__(self):
     self.reads = 0
 
-  def __getitem__(self, record):
-    self.reads += 1
-    return {"visual": PICTURES[record], "text": "not read"}
+  def __getitems__(self, records):
+    self.reads += len(records)
+    return [{"visual": PICTURES[r], "text": "not read"} for r in records]
 
 
 def make_content(**changes):
@@ -34,21 +34,21 @@ def make_content(**changes):
 
 
 def test_content_goes_by_record_number():
-  found = make_content()(1)
-  np.testing.assert_array_equal(found["visual"], PICTURES[2])
-  np.testing.assert_array_equal(found["text"], TOKENS[1])
+  found = make_content()(np.array([1, 3]))
+  np.testing.assert_array_equal(found["visual"], PICTURES[[2, 0]])
+  np.testing.assert_array_equal(found["text"], TOKENS[[1, 3]])
 
 
 def test_padding_reads_nothing():
   content = make_content()
-  found = content(PAD)
+  found = content(np.array([PAD]))
   assert not found["visual"].any() and not found["text"].any()
   assert content.item_source.reads == 0
 
 
 def test_without_vectors_no_record_is_read():
   content = make_content(vectors={})
-  assert set(content(0)) == {"text"}
+  assert set(content(np.array([0]))) == {"text"}
   assert content.item_source.reads == 0
 
 
@@ -141,11 +141,11 @@ def test_standardised_vectors_have_mean_0_and_variance_1():
   plain = toy.make_run(toy.get_config("con"), data)
   run = toy.make_run(toy.get_config("con", input__standardise=True), data)
   there = np.setdiff1d(np.arange(50), data.absent["visual"])
-  found = np.stack([run.content(j)["visual"] for j in there]).astype(float)
+  found = run.content(there)["visual"].astype(float)
   np.testing.assert_allclose(found.mean(0), 0, atol=1e-2)
   np.testing.assert_allclose(found.std(0), [1, 1, 0], atol=1e-2)
   raw = rows[there].astype(float)
   expected = (raw - raw.mean(0))[:, :2] / raw.std(0)[:2]
   np.testing.assert_allclose(found[:, :2], expected, atol=1e-2)
-  assert (plain.content(0)["visual"] == rows[0]).all()
-  assert (run.content(sampling.PAD)["visual"] == 0).all()
+  assert (plain.content(there)["visual"] == rows[there]).all()
+  assert (run.content(np.array([PAD]))["visual"] == 0).all()

@@ -64,6 +64,54 @@ def test_batches_do_not_depend_on_who_holds_the_shards(run, epoch):
       np.testing.assert_array_equal(np.concatenate(parts), found)
 
 
+def test_texts_of_like_length_share_a_bin():
+  # 60 items on 8 shards in 10 steps: 1 place a shard and step is enough, in 5
+  # steps 2 are; so bins of 30 items each, the shorter ones first.
+  data = toy.random_data(40, 60)
+  lengths = (data.tokens > 0).sum(1)
+  data.tokens[np.argsort(lengths)[:30], 3:] = 0
+  run = toy.make_run(toy.get_config(batch_size=32), data)
+  assert run.sizes.steps == 5
+  assert run.sizes.item_bins == ((0, 4, 1, 3), (4, 4, 1, 5))
+  shorter = set(np.flatnonzero((data.tokens[:, 3:] == 0).all(1)).tolist())
+  items = run.shards.items.ids["item"]
+  first, second = items[:, :4].ravel(), items[:, 4:].ravel()
+  assert set(first[first != PAD].tolist()) <= shorter
+  assert sorted(items[items != PAD].tolist()) == list(range(60))
+  assert (run.shards.items.count == 4).sum() == 12  # 30 = 6 * 4 + 2 * 3, twice
+  assert len(second) == 32
+  batches = toy.draw_epoch(run)
+  assert sorted(real(batches, "stream_item")) == list(range(60))
+
+
+def test_every_word_of_a_text_is_in_its_batch():
+  data = toy.random_data(40, 60)
+  run = toy.make_run(toy.get_config(batch_size=32), data)
+  found = {}
+  for batch in toy.draw_epoch(run, tokens=data.tokens):
+    item = batch["stream_item"]
+    for at, tokens in enumerate(batch["tokens"]):  # a bin a place, here
+      for j, words in zip(item[:, at].tolist(), tokens[:, 0]):
+        found[j] = words[words != PAD].tolist()
+  found.pop(PAD, None)
+  assert found == {
+    j: row[row > 0].tolist() for j, row in enumerate(data.tokens)
+  }
+
+
+def test_history_is_the_user_s_other_items(run, epoch):
+  pairs = set(zip(run.dataset.user.tolist(), run.dataset.item.tolist()))
+  for batch in epoch:
+    for user, item, history in zip(
+      batch["user"], batch["item"], batch["history"]
+    ):
+      drawn = history[history != PAD].tolist()
+      assert item not in drawn and len(set(drawn)) == len(drawn)
+      own = {j for i, j in pairs if i == user} - {item}
+      # A window of 4 may hold the item itself.
+      assert set(drawn) <= own and len(drawn) >= min(len(own), 3)
+
+
 def test_negatives_of_a_batch_are_unseen(run, epoch):
   seen = set(zip(run.dataset.user.tolist(), run.dataset.item.tolist()))
   for batch in epoch:
@@ -146,7 +194,7 @@ def test_only_training_interactions_are_used():
 # --- sizes and errors ------------------------------------------------------
 
 
-def measure(num_train, num_items, num_users, **changes):
+def measure(num_train, num_items, num_users, lengths=None, **changes):
   dataset = types.SimpleNamespace(
     name="toy",
     users=range(num_users),
@@ -154,7 +202,8 @@ def measure(num_train, num_items, num_users, **changes):
     user=np.zeros(num_train, int),
   )
   split = splits.Split(np.zeros(num_train, np.int8), "")
-  return streams.measure(dataset, split, toy.get_config(**changes))
+  config = toy.get_config(**changes)
+  return streams.measure(dataset, split, lengths, config)
 
 
 def test_sizes_of_the_paper_s_set():
@@ -162,7 +211,7 @@ def test_sizes_of_the_paper_s_set():
   assert sizes.steps == 75  # 74.8 of 1,024
   assert sizes.interaction_width == 1024 / 8
   # ceil(19058 / 8) = 2383 places a shard, in 75 steps; ceil(9412 / 8) = 1177.
-  assert sizes.item_width == 32 and 31 * 75 < 2383 <= 32 * 75
+  assert sizes.item_bins == ((0, 2383, 32, 0),) and 31 * 75 < 2383 <= 32 * 75
   assert sizes.user_width == 16 and 15 * 75 < 1177 <= 16 * 75
   assert sizes.max_seen == 76603
 

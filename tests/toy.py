@@ -102,8 +102,11 @@ class Data:
 class _Source:
   vectors: dict
 
-  def __getitem__(self, item):
-    return {name: rows[item] for name, rows in self.vectors.items()}
+  def __getitems__(self, items):
+    return [
+      {name: rows[item] for name, rows in self.vectors.items()}
+      for item in items
+    ]
 
 
 def as_network(lists) -> networks_lib.Network:
@@ -124,7 +127,8 @@ def random_data(num_users, num_items, *, seed=0, per_user=6) -> Data:
     for i in range(num_users)
   ]
   tokens = rng.integers(1, 12, (num_items, 5)).astype(np.int32)
-  tokens[:, 3:] *= rng.random((num_items, 2)) < 0.5
+  # Padding only behind the words, as `features.encode` has it.
+  tokens[:, 3:] *= np.cumprod(rng.random((num_items, 2)) < 0.5, 1)
   return Data(
     num_users=num_users,
     num_items=num_items,
@@ -252,10 +256,11 @@ def with_categories(state, assignment, centroids, vectors=None):
   return state.replace(categories=categories, params=params)
 
 
-def draw_epoch(run, epoch=0, shards=slice(None)) -> list[dict]:
+def draw_epoch(run, epoch=0, shards=slice(None), tokens=None) -> list[dict]:
   """The ids of every batch of an epoch, drawn by the run's own code.
 
-  `shards` picks the data shards that the drawing device holds.
+  `shards` picks the data shards that the drawing device holds; the words of
+  `tokens` [N, L] are drawn, too.
   """
   shards = jax.tree.map(lambda x: jax.numpy.asarray(x)[shards], run.shards)
   shared = jax.tree.map(jax.numpy.asarray, run.shared)
@@ -263,13 +268,19 @@ def draw_epoch(run, epoch=0, shards=slice(None)) -> list[dict]:
     shards, np.int32(epoch), sizes=run.sizes, seed=run.config.seed
   )
 
+  content = {}
+  if tokens is not None:
+    items = np.minimum(run.shards.items.ids["item"], len(tokens) - 1)
+    content["text"] = jax.numpy.asarray(tokens[items])
+
   @jax.jit
   def draw(step):
+    places = plan.items[:, jax.lax.rem(step, run.sizes.steps)]
     return streams.draw_batch(
       shards,
       shared,
       plan,
-      {},
+      input_pipeline.at_places(content, places, step),
       step,
       sizes=run.sizes,
       config=run.config,

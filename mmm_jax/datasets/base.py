@@ -115,7 +115,7 @@ class Dataset:
     vectors: {dense source: dimension}.
     present: {source, "text" included: bool [N]}.
     records: int64 [N], record number of every item in `item_source`.
-    item_source: record number -> dict with the vectors by source.
+    item_source: their records, with the vectors by source.
     raw_users, raw_items: all ids before any filter.
     fingerprint: hash of the prepared records.
     statistics: see `summarise`.

@@ -49,6 +49,7 @@ class Remedies(NamedTuple):
   alpha_prior: float  # H2: weight of 1/2 |alpha|^2
   networks_in_user: float  # H3: g in u + g sum_k a_k u^k inside the predictor
   neighbours_in_user: bool  # H3: there, u^k is the neighbours' mean (Eq. 12)
+  history_in_user: float  # H3: h in u + h mean_j v_j, j the user's other items
   frozen_categories: bool  # H4: w learns from its centroid, not from clicks
 
 
@@ -60,7 +61,7 @@ class MMM(nn.Module):
   text: dict | None  # widths, filters of the text CNN; None: no text
   vectors: tuple[str, ...]  # names of dense sources
   networks: tuple[str, ...]
-  neighbour_cap: int  # most neighbours in a mean
+  scoring_cap: int  # most neighbours in a mean for scores
   equal_networks: bool  # a control: a_ik = 1/K
   interaction_loss: str
   temperature: float  # of the softmax loss
@@ -113,7 +114,7 @@ class MMM(nn.Module):
     if streamed or self.sources:
       wanted["item"]["stream"] = batch["stream_item"]
     if self.text is not None:
-      wanted["word"] = {"text": batch["tokens"]}
+      wanted["word"] = dict(enumerate(batch["tokens"]))
     for name in self.networks:
       wanted[f"network_{name}"] = {
         "own": batch["stream_user"],
@@ -129,6 +130,8 @@ class MMM(nn.Module):
             else batch["user"]
           )
         wanted["alpha"]["interaction"] = batch["user"]
+    if self.remedies.history_in_user:
+      wanted["item"]["history"] = batch["history"]
     return wanted
 
   # --- the loss ------------------------------------------------------------
@@ -204,12 +207,15 @@ class MMM(nn.Module):
     )
 
   def _predicting_user(self, rows, batch):
-    """u, or with our remedy for H3 u + g sum_k a_k u^k.
+    """u, or with our remedies for H3 u + g sum_k a_k u^k + h mean_j v_j.
 
     u^k is the user's own vector in network k, which the ties hold near the
-    neighbours' mean, or that mean itself: Eq. 12 as an assignment.
+    neighbours' mean, or that mean itself: Eq. 12 as an assignment. The mean of
+    v is over the user's training items but for the one to be predicted.
     """
     user = rows["user"]["interaction"]
+    if self.remedies.history_in_user:
+      user = self._with_history(user, rows["item"]["history"], batch["history"])
     if not (self.networks and self.remedies.networks_in_user):
       return user
     vectors = {n: rows[f"network_{n}"]["interaction"] for n in self.networks}
@@ -220,6 +226,10 @@ class MMM(nn.Module):
       batch["user_neighbours"],
       batch["membership"],
     )
+
+  def _with_history(self, user, items, history):
+    mean, _ = _mean_of_neighbours(items, history)
+    return user + self.remedies.history_in_user * mean
 
   def _with_networks(self, user, alpha, vectors, neighbours, membership):
     if self.remedies.neighbours_in_user:
@@ -301,9 +311,11 @@ class MMM(nn.Module):
       name: self.encoders[name](batch["vectors"][name]) for name in self.vectors
     }
     if self.text is not None:
-      encoded["text"] = self.encoders["text"](
-        rows["word"]["text"], batch["tokens"] != sampling.PAD
-      )
+      parts = [
+        self.encoders["text"](rows["word"][number], tokens != sampling.PAD)
+        for number, tokens in enumerate(batch["tokens"])
+      ]
+      encoded["text"] = jnp.concatenate(parts, axis=1)
     return encoded
 
   def _networks(self, rows, batch):
@@ -382,10 +394,16 @@ class MMM(nn.Module):
       shared: the `streams.Shared` of the run.
     """
     vectors = tables["user"][user]
+    if self.remedies.history_in_user:
+      history = sampling.fixed_neighbours(
+        user, shared.seen, cap=self.scoring_cap
+      )
+      items = tables["item"].at[history].get(mode="fill", fill_value=0)
+      vectors = self._with_history(vectors, items, history)
     if self.networks and self.remedies.networks_in_user:
       neighbours = {
         name: sampling.fixed_neighbours(
-          user, shared.networks[name], cap=self.neighbour_cap
+          user, shared.networks[name], cap=self.scoring_cap
         )
         for name in self.networks
       }
@@ -492,7 +510,7 @@ def create(config, sources: tuple[str, ...], networks: tuple[str, ...]) -> MMM:
     text=flax.core.freeze(text) if "text" in sources else None,
     vectors=tuple(name for name in sources if name != "text"),
     networks=networks,
-    neighbour_cap=config.network.neighbour_cap,
+    scoring_cap=config.network.scoring_cap,
     equal_networks=config.controls.network_weights == "equal",
     interaction_loss=config.interaction_loss,
     temperature=config.losses.softmax.temperature,
