@@ -223,6 +223,10 @@ def microlens(c):
   c.dataset.name = "microlens"
   c.num_categories = 23
   c.text.glove = "package"
+  c.losses.softmax.temperature = 0.12
+  c.weights.user = 0.3
+  c.weights.category, c.weights.category_prior = 0.1, 2.0
+  c.remedies.history_in_user = 1.0
 
 
 def hetrec_lastfm(c):
