@@ -81,6 +81,12 @@ def num_categories():
         yield cell(model, dataset, seed, num_categories=number)
 
 
+def clusters():
+  """MMM's categories against those of MicroLens, over ten seeds."""
+  for seed in range(10):
+    yield cell("mmm:microlens", "microlens", seed)
+
+
 def losses():
   """The losses, for plain matrix factorisation and for MMM."""
   for dataset in ("hetrec_lastfm", "tiktok"):
@@ -98,6 +104,7 @@ SWEEPS = {
     controls,
     planted,
     num_categories,
+    clusters,
     losses,
   )
 }

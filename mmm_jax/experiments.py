@@ -335,16 +335,25 @@ def read_per_user(workdir: pathlib.Path) -> np.ndarray:
 
 
 def _progress(workdir, config) -> dict:
-  """Epochs that were trained, the best one, and what ended the run."""
+  """How far the run came, and which of its epochs was the best.
+
+  With the likeness of that epoch's categories to those that the set has.
+  """
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   key = f"valid/{_METRIC}"
-  validated = [(row[key], -row["epoch"]) for row in rows if key in row]
+  validated = [row for row in rows if key in row] or rows[-1:]
+  best = max(validated, key=lambda row: (row.get(key, 0), -row["epoch"]))
   epochs = round(rows[-1]["epoch"])
   return {
     "epochs": epochs,
-    "best_epoch": round(-max(validated)[1]) if validated else epochs,
+    "best_epoch": round(best["epoch"]),
     "ended_by": "patience" if epochs < config.epochs else "epochs",
+    "clusters": {
+      name: best[f"kmeans/{name}"]
+      for name in ("nmi", "ari")
+      if f"kmeans/{name}" in best
+    },
   }
 
 

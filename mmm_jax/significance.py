@@ -25,6 +25,14 @@ def interval(values: np.ndarray, *, seed: int) -> tuple[float, float]:
   return float(low), float(high)
 
 
+def half_width(values: Sequence[float]) -> float | None:
+  """Of the 95 % interval of a mean over seeds (Student), from three on."""
+  if len(values) < _LEAST_SEEDS:
+    return None
+  error = np.std(values, ddof=1) / np.sqrt(len(values))
+  return float(stats.t.ppf(0.975, len(values) - 1) * error)
+
+
 def _draw(rng, values):
   num_runs, num_users = values.shape
   if num_runs >= _LEAST_SEEDS:

@@ -29,7 +29,10 @@ _HEADS = {
   "epochs": "epochs (best)",
   "minutes": "minutes",
   "memory": "peak GB",
+  "nmi": "NMI",
+  "ari": "ARI",
 }
+_OPTIONAL = ("nmi", "ari")  # columns of sets with categories of their own
 
 
 def rows(records: list[dict]) -> list[dict[str, str]]:
@@ -138,12 +141,23 @@ def _row(runs) -> dict[str, str]:
     "epochs": ", ".join(_epochs(run) for run in runs),
     "minutes": f"{minutes:.1f}",
     "memory": f"{memory:.1f}",
+    "nmi": _likeness(runs, "nmi"),
+    "ari": _likeness(runs, "ari"),
   }
 
 
 def _metric(runs, protocol, part, name):
   found = [run["metrics"][protocol].get(part, {}).get(name) for run in runs]
   return "–" if None in found else f"{np.mean(found):.4f}"
+
+
+def _likeness(runs, name):
+  found = [run["clusters"].get(name) for run in runs]
+  if None in found:
+    return "–"
+  spread = significance.half_width(found)
+  interval = "" if spread is None else f" ± {spread:.3f}"
+  return f"{np.mean(found):.3f}{interval}"
 
 
 def _epochs(run):
@@ -159,11 +173,15 @@ def _p(value):
 
 
 def _lines(table):
-  return [[row[key] for key in _HEADS] for row in table]
+  """Heads and rows, without optional columns that are empty."""
+  empty = {key for key in _OPTIONAL if all(row[key] == "–" for row in table)}
+  keys = [key for key in _HEADS if key not in empty]
+  lines = [[row[key] for key in keys] for row in table]
+  return [_HEADS[key] for key in keys], lines
 
 
 def markdown(table: list[dict[str, str]]) -> str:
-  return markdown_lines(list(_HEADS.values()), _lines(table))
+  return markdown_lines(*_lines(table))
 
 
 def markdown_lines(heads: list[str], lines: list[list[str]]) -> str:
@@ -175,10 +193,11 @@ def markdown_lines(heads: list[str], lines: list[list[str]]) -> str:
 def latex(table: list[dict[str, str]]) -> str:
   escape = {"_": r"\_", "%": r"\%", "–": "--", "<": "$<$"}
   clean = lambda text: "".join(escape.get(sign, sign) for sign in text)
-  lines = [list(_HEADS.values()), *_lines(table)]
+  heads, lines = _lines(table)
+  lines = [heads, *lines]
   body = [" & ".join(map(clean, line)) + r" \\" for line in lines]
   body.insert(1, r"\midrule")
-  columns = "l" * len(_HEADS)
+  columns = "l" * len(heads)
   return "\n".join(
     [
       rf"\begin{{tabular}}{{{columns}}}",
@@ -193,7 +212,8 @@ def latex(table: list[dict[str, str]]) -> str:
 def as_csv(table: list[dict[str, str]]) -> str:
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
-  writer.writerows([list(_HEADS.values()), *_lines(table)])
+  heads, lines = _lines(table)
+  writer.writerows([heads, *lines])
   return text.getvalue().rstrip("\n")
 
 

@@ -94,6 +94,7 @@ def record(
     "epochs": 60,
     "best_epoch": 55,
     "ended_by": "epochs",
+    "clusters": {},
   }
 
 
@@ -112,11 +113,29 @@ def test_rows_of_a_table():
   assert pmf["test"] == f"{0.375 + 0.03125:.4f}"
   assert (full["valid"], full["pooled"]) == ("0.5000", "0.7500")
   assert (full["seeds"], pmf["seeds"]) == ("1", "2")
-  assert full["minutes"], full["memory"] == ("1.5", "2.0")
+  assert (full["minutes"], full["memory"]) == ("1.5", "2.0")
+  assert "NMI" not in tabulate.markdown(table)
   assert pmf["epochs"] == "60* (55), 60* (55)"  # not ended by patience
   assert full["wilcoxon"] == "–"  # the reference
   assert pmf["wilcoxon"] == pmf["bootstrap"] == "< .001"
   assert paper["wilcoxon"] == "–"  # other users' values cannot be paired
+
+
+def test_likeness_to_the_set_s_own_categories():
+  runs = [record(seed, "mmm:cat", [0.25, 0.5], seed=seed) for seed in range(3)]
+  for nmi, run in zip((0.2, 0.25, 0.3), runs):
+    run["clusters"] = {"nmi": nmi, "ari": nmi / 2}
+  plain = record(3, "mmm:pmf", [0.25, 0.5])
+  table = tabulate.rows([*runs, plain])
+  # Student's t of 2 degrees of freedom: 4.303 * 0.05 / sqrt(3) = .124.
+  assert table[0]["nmi"] == "0.250 ± 0.124"
+  assert table[0]["ari"] == "0.125 ± 0.062"
+  assert table[1]["nmi"] == "–"
+  heads, _, first, last = tabulate.markdown(table).splitlines()
+  assert heads.endswith("NMI | ARI |") and first.endswith("± 0.062 |")
+  assert last.endswith("| – | – |")
+  # Two runs say nothing of the spread.
+  assert tabulate.rows(runs[:2])[0]["nmi"] == "0.225"
 
 
 def test_changes_of_data_make_another_set_and_others_another_row():
