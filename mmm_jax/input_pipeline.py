@@ -40,18 +40,27 @@ class ItemContent:
   def __call__(self, items: np.ndarray) -> dict[str, np.ndarray]:
     """[n] ids -> {source: [n, ...]}."""
     real = np.flatnonzero(items != sampling.PAD)
+    found = self._read(items[real]) if real.size else {}
+    if len(real) == len(items):
+      return found
     content = {
       name: np.zeros((len(items), *x.shape), x.dtype)
       for name, x in self.nothing().items()
     }
-    if self.vectors and real.size:
-      numbers = self.records[items[real]].tolist()
+    for name, rows in found.items():
+      content[name][real] = rows
+    return content
+
+  def _read(self, items):
+    content = {}
+    if self.vectors:
+      numbers = self.records[items].tolist()
       records = self.item_source.__getitems__(numbers)
-      for name in self.vectors:
-        rows = np.stack([record[name] for record in records])
-        content[name][real] = self._standardised(name, rows)
+    for name in self.vectors:
+      rows = np.stack([record[name] for record in records])
+      content[name] = self._standardised(name, rows)
     if self.tokens is not None:
-      content["text"][real] = self.tokens[items[real]]
+      content["text"] = self.tokens[items]
     return content
 
   def _standardised(self, name, rows):
@@ -59,7 +68,7 @@ class ItemContent:
       return rows
     mean, deviation = self.moments[name]
     rows = (rows.astype(np.float32) - mean) / deviation
-    return np.clip(rows, -_FARTHEST, _FARTHEST)
+    return np.clip(rows, -_FARTHEST, _FARTHEST).astype(np.float16)
 
   def nothing(self) -> dict[str, np.ndarray]:
     content = {

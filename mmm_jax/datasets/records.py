@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -363,7 +364,9 @@ class Source:
   and pickling it keeps the address alone.
   """
 
-  def __init__(self, folder: pathlib.Path, config: str, name: str, skip=()):
+  def __init__(
+    self, folder: pathlib.Path, config: str, name: str, *, skip=(), only=()
+  ):
     """Opens the records.
 
     Args:
@@ -371,17 +374,21 @@ class Source:
       config: 'users' or 'items'.
       name: of the set.
       skip: features that are left out (long vectors).
+      only: if there are any, the others are left out.
     """
-    self._arguments = (folder, config, name, tuple(skip))
+    self._arguments = (folder, config, name)
+    self._choice = {"skip": tuple(skip), "only": tuple(only)}
     builder = tfds.builder_from_directory(folder / name / config / VERSION)
     stored = builder.info.features
-    self._features = {key: stored[key] for key in stored if key not in skip}
+    self._features = {
+      key: stored[key] for key in only or stored if key not in skip
+    }
     self._bytes = builder.as_data_source(
       split=_SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
 
   def __reduce__(self):
-    return Source, self._arguments
+    return functools.partial(Source, **self._choice), self._arguments
 
   def __len__(self) -> int:
     return len(self._bytes)
@@ -436,7 +443,7 @@ def read(folder: pathlib.Path) -> tuple[dict, dict, dict, Source]:
     name, vectors = about["name"], about["vectors"]
     users = Source(folder, "users", name).columns()
     items = Source(folder, "items", name, skip=vectors).columns()
-    return about, users, items, Source(folder, "items", name)
+    return about, users, items, Source(folder, "items", name, only=vectors)
   except Exception as error:
     reason = " ".join(str(error).split())[:200]
     raise errors.InputError(
