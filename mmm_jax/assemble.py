@@ -85,7 +85,7 @@ def build(config, dataset, split, text: Text) -> Run:
   sizes = streams.measure(dataset, split, lengths, config)
   networks, facts = streams.choose_networks(dataset, split, config)
   shards, shared = streams.build(
-    dataset, split, networks, present, lengths, config
+    dataset, split, sizes, networks, present, lengths, config
   )
   content = input_pipeline.ItemContent(
     item_source=dataset.item_source,

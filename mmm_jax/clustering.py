@@ -10,6 +10,8 @@ import numpy as np
 
 from mmm_jax import assemble, errors, kmeans, parallel, sampling
 
+_BLOCK = 4096  # items whose content is read at a time
+
 
 def make_clustering(run: assemble.Run, engine: parallel.Engine):
   """Functions that seed the categories and that follow them by Lloyd passes.
@@ -89,9 +91,12 @@ def content_vectors(run: assemble.Run) -> jax.Array:
       "controls.categories: found 'content', but the run has no source"
       " (model.sources); valid without one: learnt, random"
     )
-  content = run.content(np.arange(run.sizes.num_items))
+  num_items = run.sizes.num_items
+  blocks = np.array_split(np.arange(num_items), -(-num_items // _BLOCK))
+  found = [run.content(items) for items in blocks]
   parts = []
-  for name, rows in content.items():
+  for name in found[0]:
+    rows = np.concatenate([block[name] for block in found])
     if name == "text":
       words = np.where((rows > 0)[..., None], run.words[rows], 0)
       rows = words.sum(1)  # its length does not matter

@@ -64,11 +64,11 @@ class ItemContent:
     return content
 
   def _standardised(self, name, rows):
-    if name not in self.moments:
-      return rows
-    mean, deviation = self.moments[name]
-    rows = (rows.astype(np.float32) - mean) / deviation
-    return np.clip(rows, -_FARTHEST, _FARTHEST).astype(np.float16)
+    if name in self.moments:
+      mean, deviation = self.moments[name]
+      rows = (rows.astype(np.float32) - mean) / deviation
+      rows = np.clip(rows, -_FARTHEST, _FARTHEST)
+    return rows.astype(np.float16, copy=False)
 
   def nothing(self) -> dict[str, np.ndarray]:
     content = {
@@ -144,7 +144,7 @@ def load_resident(
       for name, values in batch.items():
         room = arrays[name][number * _BLOCK :][:_BLOCK]
         room[:] = values[: len(room)]
-      bar.update(_BLOCK)
+      bar.update(len(room))
   return engine.shard(
     {name: x.reshape(*items.shape, *x.shape[1:]) for name, x in arrays.items()}
   )

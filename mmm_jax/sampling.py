@@ -20,6 +20,8 @@ import numpy as np
 # An id that points nowhere: gathers of it give zeros, scatters drop it.
 PAD = np.iinfo(np.int32).max
 
+_STREAMS = 6  # at most: interactions, users, four bins of items
+
 # Every use of randomness has its own branch of the seed.
 _SHUFFLE, _NEGATIVES, _SHARED, _NEIGHBOURS = range(4)
 
@@ -97,9 +99,10 @@ def epoch_order(
       taken = jnp.clip(count - step * width, 0, width)
     else:
       # What does not come out even falls to a run of steps that begins
-      # elsewhere in each shard: the shards together give each step the same.
+      # elsewhere in each shard and stream: together they give each step the
+      # same.
       whole, rest = lax.div(count, steps), lax.rem(count, steps)
-      turn = lax.div(number * steps, num_shards)
+      turn = lax.div(number * steps, num_shards) + name * steps // _STREAMS
       taken = whole + (lax.rem(step + turn, steps) < rest)
     end = jnp.cumsum(taken)
     at = (end - taken)[:, None] + jnp.arange(width)
@@ -226,7 +229,7 @@ def neighbours(
   epoch: jax.Array,
   cap: int,
 ) -> jax.Array:
-  """Up to `cap` neighbours of each user, PAD behind them (Eq. 12).
+  """Up to `cap` neighbours or items of each user, PAD behind (Eq. 12).
 
   All of them where there are no more than `cap`; otherwise a window of the
   user's list, which was shuffled once, from a place that is drawn afresh in

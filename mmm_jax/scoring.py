@@ -49,7 +49,7 @@ def make_scorer(run: assemble.Run, params, rows, categories) -> evaluate.Scorer:
   """
   params, rows, categories = jax.device_put((params, rows, categories))
   # Without what only training reads: this is uploaded at every validation.
-  shared = run.shared._replace(present={})
+  shared = run.shared._replace(seen=None, present={})
   shared = jax.tree.map(jnp.asarray, shared)
   return evaluate.Scorer(
     users=lambda user: _user_vectors(run.model, params, rows, shared, user),

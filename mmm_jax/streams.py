@@ -63,6 +63,7 @@ class Shared(NamedTuple):
   """Look-up arrays that every device holds."""
 
   seen: sampling.Adjacency  # sorted training items of each user
+  history: sampling.Adjacency  # the same, shuffled
   networks: dict[str, sampling.Adjacency]
   membership: jax.Array  # [M, K] bool: has neighbours in network k
   present: dict[str, jax.Array]  # source -> [N] bool
@@ -133,12 +134,15 @@ def _cut(lengths, num_items, width) -> list[tuple]:
   return list(zip(widths, np.split(by_length, ends[:-1])))
 
 
-def build(dataset, split, used_networks, present, lengths, config) -> tuple:
+def build(
+  dataset, split, sizes, used_networks, present, lengths, config
+) -> tuple:
   """`Shards` and `Shared` of a run, as NumPy arrays.
 
   Args:
     dataset: the set.
     split: its split.
+    sizes: from `measure`.
     used_networks: {name: datasets.base.Network}, in the model's order.
     present: source -> [N] bool, of the sources that the model reads.
     lengths: as for `measure`.
@@ -146,14 +150,14 @@ def build(dataset, split, used_networks, present, lengths, config) -> tuple:
   """
   train = split.part == splits.TRAIN
   user, item = dataset.user[train], dataset.item[train]
-  num_users, num_items = len(dataset.users), len(dataset.items)
+  num_users, num_items = sizes.num_users, sizes.num_items
   order = np.lexsort((item, user))
   indptr = np.concatenate(
     [[0], np.bincount(user, minlength=num_users).cumsum()]
   )
+  seen = networks.Network(indptr, item[order])
   deal = lambda **ids: sampling.deal(config.seed, config.data_shards, **ids)
-  bins = measure(dataset, split, lengths, config).item_bins
-  width = sum(each.width for each in bins)
+  width = sum(each.width for each in sizes.item_bins)
   items = [deal(item=own) for _, own in _cut(lengths, num_items, width)]
   shards = Shards(
     number=np.arange(config.data_shards, dtype=np.int32),
@@ -165,7 +169,8 @@ def build(dataset, split, used_networks, present, lengths, config) -> tuple:
     users=deal(user=np.arange(num_users)),
   )
   shared = Shared(
-    seen=sampling.Adjacency(indptr.astype(np.int32), item[order]),
+    seen=sampling.Adjacency(indptr.astype(np.int32), seen.indices),
+    history=_shuffled(seen, config.seed),
     networks={
       name: _shuffled(network, config.seed)
       for name, network in used_networks.items()
@@ -316,8 +321,8 @@ def draw_batch(
     `stream_item` [S, W]; `vectors` {source: [S, W, F]}; `tokens`, one
     [S, width, L] for every bin of items, or none;
     `present` {source: [S, W]}; `stream_user` [U]; `neighbours` {network:
-    [U, A]}; `user_neighbours` {network: [B, A]}; `history` [B, A], other
-    training items of the user; `membership` [B, K];
+    [U, A]}; `user_neighbours` {network: [B, A]}; `history` [B, A], training
+    items of the user but not the positive one; `membership` [B, K];
     `shared_fraction`, this device's part of rows that all devices hold.
   """
   epoch, at = jax.lax.div(step, sizes.steps), jax.lax.rem(step, sizes.steps)
@@ -338,7 +343,7 @@ def draw_batch(
   content = dict(content)
   tokens = content.pop("text", None)
   user, item = pairs["user"].reshape(-1), pairs["item"].reshape(-1)
-  history = window(user, shared.seen, number=len(shared.networks))
+  history = window(user, shared.history, number=len(shared.networks))
   return {
     "user": user,
     "item": item,

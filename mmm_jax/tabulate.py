@@ -191,7 +191,7 @@ def markdown_lines(heads: list[str], lines: list[list[str]]) -> str:
 
 
 def latex(table: list[dict[str, str]]) -> str:
-  escape = {"_": r"\_", "%": r"\%", "–": "--", "<": "$<$"}
+  escape = {"_": r"\_", "%": r"\%", "–": "--", "<": "$<$", "±": r"$\pm$"}
   clean = lambda text: "".join(escape.get(sign, sign) for sign in text)
   heads, lines = _lines(table)
   lines = [heads, *lines]

@@ -63,8 +63,8 @@ def search(
   Args:
     make_config: function that gives the config from which trials start.
     space: {key: ("log" or "uniform", low, high), or a list of choices}.
-    about: names of what the study is of; a journal of something else, or with
-      another space, is refused.
+    about: what the study is of, names and a hash of the config; a journal of
+      something else, or with another space, is refused.
     path: the journal.
     trials: how many, with those of earlier calls and of other processes.
     budget: no trial begins after so many seconds; the one under way finishes.

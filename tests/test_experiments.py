@@ -193,6 +193,30 @@ SWEEPS = {{"short": short}}
 """
 
 
+def test_the_record_tells_of_the_best_epoch(tmp_path):
+  rows = [
+    {"epoch": 1.0, "valid/ndcg@20": 0.1},  # before the first K-means
+    {"epoch": 2.0, "valid/ndcg@20": 0.3, "kmeans/nmi": 0.4, "kmeans/ari": 0.2},
+    {"epoch": 2.5, "loss": 1.0},
+    {"epoch": 3.0, "valid/ndcg@20": 0.3, "kmeans/nmi": 0.6, "kmeans/ari": 0.5},
+  ]
+  path = tmp_path / "metrics.jsonl"
+  config = runs.config("tiny")
+  config.epochs = 9
+  path.write_text("\n".join(map(json.dumps, rows)))
+  found = experiments._progress(tmp_path, config)
+  assert found == {
+    "epochs": 3,
+    "best_epoch": 2,
+    "ended_by": "patience",
+    "clusters": {"nmi": 0.4, "ari": 0.2},
+  }
+  path.write_text(json.dumps({"epoch": 9.0, "kmeans/nmi": 0.5}))
+  found = experiments._progress(tmp_path, config)  # without validation
+  assert (found["best_epoch"], found["ended_by"]) == (9, "epochs")
+  assert found["clusters"] == {"nmi": 0.5}
+
+
 def write_sweep(folder, *, seed):
   text = SWEEP.format(seed=seed, folder=str(runs.data_dir()))
   (folder / "configs" / "sweeps.py").write_text(text)

@@ -511,7 +511,8 @@ def test_history_in_the_predictor_is_the_mean_of_other_items():
   cost = 0.5 * (1 - full @ v[0]) ** 2 + 0.5 * (full @ v[3]) ** 2
   np.testing.assert_allclose(term.total, cost, rtol=1e-5)
   shared = streams.Shared(
-    seen=sampling.Adjacency(jnp.array([0, 3, 3]), jnp.array([0, 1, 2])),
+    seen=None,
+    history=sampling.Adjacency(jnp.array([0, 3, 3]), jnp.array([0, 1, 2])),
     networks={},
     membership=jnp.zeros((2, 0), bool),
     present={},
@@ -539,6 +540,7 @@ def check_user_with_network(model, in_network):
   np.testing.assert_allclose(term.total, cost, rtol=1e-5)
   shared = streams.Shared(
     seen=None,
+    history=None,
     networks={
       "follow": sampling.Adjacency(
         jnp.array([0, 2, 3, 3]), jnp.array([1, 2, 0])

@@ -365,7 +365,7 @@ class Source:
   """
 
   def __init__(
-    self, folder: pathlib.Path, config: str, name: str, *, skip=(), only=()
+    self, folder: pathlib.Path, config: str, name: str, *, skip=(), only=None
   ):
     """Opens the records.
 
@@ -374,14 +374,16 @@ class Source:
       config: 'users' or 'items'.
       name: of the set.
       skip: features that are left out (long vectors).
-      only: if there are any, the others are left out.
+      only: features besides which all are left out, or None.
     """
     self._arguments = (folder, config, name)
-    self._choice = {"skip": tuple(skip), "only": tuple(only)}
+    self._choice = {"skip": skip, "only": only}
     builder = tfds.builder_from_directory(folder / name / config / VERSION)
     stored = builder.info.features
     self._features = {
-      key: stored[key] for key in only or stored if key not in skip
+      key: stored[key]
+      for key in (stored if only is None else only)
+      if key not in skip
     }
     self._bytes = builder.as_data_source(
       split=_SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES

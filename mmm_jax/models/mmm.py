@@ -211,7 +211,7 @@ class MMM(nn.Module):
 
     u^k is the user's own vector in network k, which the ties hold near the
     neighbours' mean, or that mean itself: Eq. 12 as an assignment. The mean of
-    v is over the user's training items but for the one to be predicted.
+    v is over training items of the user but for the one to be predicted.
     """
     user = rows["user"]["interaction"]
     if self.remedies.history_in_user:
@@ -228,13 +228,13 @@ class MMM(nn.Module):
     )
 
   def _with_history(self, user, items, history):
-    mean, _ = _mean_of_neighbours(items, history)
+    mean, _ = _mean(items, history)
     return user + self.remedies.history_in_user * mean
 
   def _with_networks(self, user, alpha, vectors, neighbours, membership):
     if self.remedies.neighbours_in_user:
       vectors = {
-        name: _mean_of_neighbours(vectors[name], neighbours[name])[0]
+        name: _mean(vectors[name], neighbours[name])[0]
         for name in self.networks
       }
     stacked = jnp.stack([vectors[name] for name in self.networks], 1)
@@ -269,7 +269,7 @@ class MMM(nn.Module):
       projected = content @ self.maps[name].T
       logits = layers.dot(item, projected)
       # Mismatched pairs stay inside a data shard, so that they do not depend
-      # on the number of devices.
+      # on the number of devices; their texts are about as long.
       other_logits = layers.dot(item, jnp.roll(projected, 1, axis=1))
       other = present & jnp.roll(present, 1, axis=1) & (item.shape[1] > 1)
       if self.remedies.content_temperature:
@@ -329,7 +329,7 @@ class MMM(nn.Module):
     vectors, membership = [], []
     for name in self.networks:
       own = rows[f"network_{name}"]["own"]
-      mean, linked = _mean_of_neighbours(
+      mean, linked = _mean(
         rows[f"network_{name}"]["neighbours"], batch["neighbours"][name]
       )
       # Users without neighbours have no tie (T is undefined for them).
@@ -396,7 +396,7 @@ class MMM(nn.Module):
     vectors = tables["user"][user]
     if self.remedies.history_in_user:
       history = sampling.fixed_neighbours(
-        user, shared.seen, cap=self.scoring_cap
+        user, shared.history, cap=self.scoring_cap
       )
       items = tables["item"].at[history].get(mode="fill", fill_value=0)
       vectors = self._with_history(vectors, items, history)
@@ -470,17 +470,17 @@ class MMM(nn.Module):
     return part(item) * scale, part(offset) * scale
 
 
-def _mean_of_neighbours(vectors, neighbours):
-  """sum_n T_in u_n^k (Eq. 12).
+def _mean(vectors, ids):
+  """sum_n T_in u_n^k of neighbours (Eq. 12), or a mean of items.
 
   Args:
-    vectors: [B, A, d] u_n^k, zeros where there is no neighbour.
-    neighbours: [B, A] ids.
+    vectors: [B, A, d], zeros where there is none.
+    ids: [B, A], PAD where there is none.
 
   Returns:
-    [B, d], and [B] whether there are neighbours.
+    [B, d], and [B] whether there is any.
   """
-  degree = jnp.sum(neighbours != sampling.PAD, -1)
+  degree = jnp.sum(ids != sampling.PAD, -1)
   return jnp.sum(vectors, 1) / jnp.maximum(degree, 1)[:, None], degree > 0
 
 

@@ -7,8 +7,8 @@
 Three kinds of item vectors, none of which has seen a category: the mean of the
 GloVe vectors of a title's words, item factors of weighted matrix factorisation
 (`implicit`) on the training interactions, and both side by side; each of unit
-length. As many clusters, restarts and passes as MMM's, over ten seeds. Needs
-the extra `test`.
+length. As many clusters and restarts as MMM's first K-means, over ten seeds.
+Needs the extra `test`.
 """
 
 import argparse
