@@ -93,6 +93,7 @@ def search_space(c) -> dict:
   space = {
     "model.dim": [64, 128, 256],
     f"{loss}.learning_rate": ("log", 1e-3, 2e-2),
+    "schedule.decay_rate": ("uniform", 0.5, 0.95),
     "weights.user": ("log", 0.02, 1.0),
     "weights.item": ("log", 0.02, 1.0),
   }
@@ -223,9 +224,13 @@ def microlens(c):
   c.dataset.name = "microlens"
   c.num_categories = 23
   c.text.glove = "package"
+  c.losses.softmax.learning_rate = 0.008
   c.losses.softmax.temperature = 0.12
+  c.losses.softmax.shared_negatives = 2048
+  c.schedule.decay_rate = 0.6
   c.weights.user = 0.3
-  c.weights.category, c.weights.category_prior = 0.1, 2.0
+  c.weights.category, c.weights.category_prior = 0.1, 1.0
+  c.remedies.networks_in_user = 1.0
   c.remedies.history_in_user = 1.0
 
 
