@@ -45,6 +45,7 @@ SHORT = (
 )
 
 
+@functools.cache
 def config_module():
   """`configs/mmm.py`."""
   path = ROOT / "configs" / "mmm.py"

@@ -7,9 +7,9 @@ import ml_collections
 from ml_collections import config_flags
 import pytest
 
-import toy
+import runs
 
-CONFIG = toy.ROOT / "configs" / "mmm.py"
+CONFIG = runs.ROOT / "configs" / "mmm.py"
 
 
 def parse(*arguments, variants=""):
@@ -32,7 +32,7 @@ def leaves(config, prefix=()):
       yield (*prefix, key), value
 
 
-VARIANTS = tuple(toy.config_module().VARIANTS)
+VARIANTS = tuple(runs.config_module().VARIANTS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -94,7 +94,7 @@ def test_batches_divide_into_the_shards():
 
 def test_an_unknown_variant_names_the_nearest():
   with pytest.raises(ValueError, match="'tinny'; did you mean 'tiny'"):
-    toy.config_module().get_config("pmf,tinny")
+    runs.config_module().get_config("pmf,tinny")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def words_of(path):
 
 def test_every_key_is_read_by_some_code():
   read = set()
-  for path in (toy.ROOT / "mmm_jax").rglob("*.py"):
+  for path in (runs.ROOT / "mmm_jax").rglob("*.py"):
     read.update(words_of(path))
   unread = [".".join(key) for key, _ in leaves(parse()) if not set(key) <= read]
   assert not unread, f"nobody reads {unread}"
@@ -144,6 +144,6 @@ def test_every_key_is_read_by_some_code():
 
 
 def test_the_code_never_asks_for_a_key_with_a_default():
-  for path in (toy.ROOT / "mmm_jax").rglob("*.py"):
+  for path in (runs.ROOT / "mmm_jax").rglob("*.py"):
     assert "config.get(" not in path.read_text(), path
     assert "settings.get(" not in path.read_text(), path

@@ -5,13 +5,13 @@ import graphlib
 
 import pytest
 
-import toy
+import runs
 
-PACKAGE = toy.ROOT / "mmm_jax"
+PACKAGE = runs.ROOT / "mmm_jax"
 
 
 def name_of(path):
-  return ".".join(path.relative_to(toy.ROOT).with_suffix("").parts)
+  return ".".join(path.relative_to(runs.ROOT).with_suffix("").parts)
 
 
 MODULES = {

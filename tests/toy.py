@@ -6,8 +6,6 @@ it, and a `Session` trains it step by step without logs and checkpoints.
 
 import dataclasses
 import functools
-import importlib.util
-import pathlib
 import types
 
 import jax
@@ -16,22 +14,12 @@ import numpy as np
 from mmm_jax import assemble, input_pipeline, parallel, streams, update
 from mmm_jax.datasets import networks as networks_lib
 from mmm_jax.datasets import splits
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-@functools.cache
-def config_module():
-  path = ROOT / "configs" / "mmm.py"
-  spec = importlib.util.spec_from_file_location("tests_config_mmm", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+import runs
 
 
 def get_config(variants="", **changes):
   """A shrunken config; `a__b=value` changes the key a.b."""
-  config = config_module().get_config(variants)
+  config = runs.config(variants)
   with config.unlocked():
     config.model.dim = 8
     config.batch_size = 16
