@@ -220,6 +220,29 @@ def shared_negatives(
   return bounded(bits, num_items)
 
 
+def seen_among(
+  shared: jax.Array, own: jax.Array, *, num_items: int
+) -> jax.Array:
+  """Which of the shared negatives are among each user's own items.
+
+  Args:
+    shared: [n'] items, the same one more than once perhaps.
+    own: [B, A] items of every user, PAD behind them.
+    num_items: N.
+
+  Returns:
+    [B, n'] bool.
+  """
+  count = shared.shape[0]
+  # One place of each item among the shared ones stands for all of them.
+  place = jnp.full(num_items, count).at[shared].set(jnp.arange(count))
+  found = place.at[own].get(mode="fill", fill_value=count)
+  user = jnp.arange(own.shape[0])[:, None]
+  seen = jnp.zeros((own.shape[0], count), bool)
+  seen = seen.at[user, found].set(True, mode="drop")
+  return seen[:, place[shared]]
+
+
 def neighbours(
   user: jax.Array,
   network: Adjacency,

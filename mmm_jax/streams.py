@@ -21,6 +21,7 @@ from mmm_jax.datasets import networks, splits
 
 _INTERACTIONS, _USERS, _ITEMS = range(3)  # each bin of items has its own
 _BINS = 4  # of text length
+_MOST_MASKED = 128  # items of a user that are kept from being negatives
 
 
 class Bin(NamedTuple):
@@ -317,7 +318,8 @@ def draw_batch(
     num_devices: devices that share the batch.
 
   Returns:
-    `user`, `item` [B]; `negatives` [B, n], or [n'] for the softmax;
+    `user`, `item` [B]; `negatives` [B, n], or for the softmax [n'] and
+    `seen_negatives` [B, n'], which of them are positives of the user;
     `stream_item` [S, W]; `vectors` {source: [S, W, F]}; `tokens`, one
     [S, width, L] for every bin of items, or none;
     `present` {source: [S, W]}; `stream_user` [U]; `neighbours` {network:
@@ -343,13 +345,24 @@ def draw_batch(
   content = dict(content)
   tokens = content.pop("text", None)
   user, item = pairs["user"].reshape(-1), pairs["item"].reshape(-1)
-  history = window(user, shared.history, number=len(shared.networks))
+  window_of_items = functools.partial(
+    window, user, shared.history, number=len(shared.networks)
+  )
+  history = window_of_items()
+  negatives = _negatives(
+    pairs["user"], places.interactions, shards, shared, step, sizes, config
+  )
+  seen_negatives = None
+  if config.interaction_loss == "softmax":
+    own = window_of_items(cap=min(sizes.max_seen, _MOST_MASKED))
+    seen_negatives = sampling.seen_among(
+      negatives, own, num_items=sizes.num_items
+    )
   return {
     "user": user,
     "item": item,
-    "negatives": _negatives(
-      pairs["user"], places.interactions, shards, shared, step, sizes, config
-    ),
+    "negatives": negatives,
+    "seen_negatives": seen_negatives,
     "shared_fraction": 1 / num_devices,
     "stream_item": stream_item,
     "vectors": content,

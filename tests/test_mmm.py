@@ -462,18 +462,25 @@ def toy_sizes(**changes):
   return dataclasses.make_dataclass("Sizes", changes)(**changes)
 
 
-def test_shared_negatives_are_masked_against_the_own_target():
+def test_shared_negatives_are_masked_where_the_user_has_seen_them():
   model = small_model(interaction_loss="softmax")
   u, v = normal(2, 3), normal(3, 3, seed=1)
   batch = make_batch(
-    user=np.array([0, 1]), item=np.array([0, 2]), negatives=np.array([0, 1, 2])
+    user=np.array([0, 1]),
+    item=np.array([0, 2]),
+    negatives=np.array([0, 1, 2]),
+    seen_negatives=np.array([[False, True, False], [False, False, True]]),
   )
   term = loss_terms(model, {"user": u, "item": v}, batch)["interaction"]
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
   logit = unit(u) @ unit(v).T / 0.5
-  # Each row's own target stands once, the other two shared items beside it.
-  rows = [(0, 0), (1, 2)]
-  cost = [np.log(np.sum(np.exp(logit[i]))) - logit[i, j] for i, j in rows]
+  # Each row's own target stands once, beside the items it has not seen: user
+  # 0 has seen item 1, user 1 only the target.
+  rows = [(0, 0, [0, 2]), (1, 2, [0, 1, 2])]
+  cost = [
+    np.log(np.sum(np.exp(logit[i, among]))) - logit[i, j]
+    for i, j, among in rows
+  ]
   np.testing.assert_allclose(term.total, np.sum(cost), rtol=1e-5)
   assert term.count == 2
 
@@ -564,6 +571,7 @@ def test_contrasted_content_picks_its_item_among_the_negatives():
   negatives = [5, 1, 3]  # 1 is in the stream, and no negative of itself
   batch = make_batch(
     negatives=np.array(negatives),
+    seen_negatives=np.zeros((1, 3), bool),
     vectors={"visual": content},
     present={"visual": np.array([[True, True, False]])},
   )

@@ -192,6 +192,15 @@ def test_shared_negatives_are_uniform_and_a_function_of_seed_and_step():
   assert (draw(0, 5) != draw(1, 5)).any()
 
 
+def test_shared_negatives_that_a_user_has_seen():
+  shared = np.array([4, 2, 4, 0])  # 4 was drawn twice
+  own = np.array([[4, 1, PAD], [0, 2, 3], [PAD, PAD, PAD]])
+  seen = sampling.seen_among(shared, own, num_items=5)
+  np.testing.assert_array_equal(
+    seen, [[True, False, True, False], [False, True, False, True], [False] * 4]
+  )
+
+
 # --- streams ---------------------------------------------------------------
 
 

@@ -112,6 +112,18 @@ def test_history_is_the_user_s_other_items(run, epoch):
       assert set(drawn) <= own and len(drawn) >= min(len(own), 3)
 
 
+def test_shared_negatives_tell_what_the_user_has_seen():
+  config = toy.get_config(interaction_loss="softmax", num_categories=0)
+  run = toy.make_run(config, toy.random_data(40, 60))
+  pairs = set(zip(run.dataset.user.tolist(), run.dataset.item.tolist()))
+  for batch in toy.draw_epoch(run):
+    expected = [
+      [(i, j) in pairs for j in batch["negatives"].tolist()]
+      for i in batch["user"].tolist()
+    ]
+    np.testing.assert_array_equal(batch["seen_negatives"], expected)
+
+
 def test_negatives_of_a_batch_are_unseen(run, epoch):
   seen = set(zip(run.dataset.user.tolist(), run.dataset.item.tolist()))
   for batch in epoch:

@@ -201,10 +201,10 @@ class MMM(nn.Module):
   def _softmax(self, user, positive, shared, batch, mask):
     positive_logits = self.score_pairs(user, positive)
     logits = self.score(layers.normalise(user), layers.normalise(shared))
+    # Whoever has more items than are masked may still meet this one.
     own = batch["negatives"][None] == batch["item"][:, None]
-    return losses.softmax(
-      positive_logits, jnp.where(own, -jnp.inf, logits), mask
-    )
+    logits = jnp.where(own | batch["seen_negatives"], -jnp.inf, logits)
+    return losses.softmax(positive_logits, logits, mask)
 
   def _predicting_user(self, rows, batch):
     """u, or with our remedies for H3 u + g sum_k a_k u^k + h mean_j v_j.
