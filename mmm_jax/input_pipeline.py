@@ -152,28 +152,25 @@ def load_resident(
 
 def stream(
   content: ItemContent,
-  order: np.ndarray,
-  chunks: list[int],
+  chunks: Iterator[np.ndarray],
   length: int,
   engine: parallel.Engine,
   config,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Content of the coming chunks of an epoch: {source: [S, T, W, ...]}.
+  """Content of the coming chunks: {source: [S, T, W, ...]}.
 
   Args:
     content: the items' content.
-    order: [S, steps, W] item ids of the steps ahead.
-    chunks: number of steps of each chunk ahead.
+    chunks: [S, steps, W] item ids of one chunk after the other.
     length: T, steps for which a chunk has room.
     engine: where the arrays go.
     config: the run's config.
   """
-  batches = read(content, order.swapaxes(0, 1), config)
 
-  def next_chunk(steps):
-    parts = [next(batches) for _ in range(steps)]
+  def fetch(order):
+    parts = list(read(content, order.swapaxes(0, 1), config))
     # A short last chunk keeps the shape of the others.
-    parts += parts[-1:] * (length - steps)
+    parts += parts[-1:] * (length - len(parts))
     arrays = {
       name: np.stack([part[name] for part in parts], axis=1)
       for name in parts[0]
@@ -183,8 +180,8 @@ def stream(
   # One chunk is fetched while the devices work on the one before.
   with futures.ThreadPoolExecutor(1) as thread:
     ahead = None
-    for steps in chunks:
-      following = thread.submit(next_chunk, steps)
+    for order in chunks:
+      following = thread.submit(fetch, order)
       if ahead is not None:
         yield ahead.result()
       ahead = following

@@ -66,6 +66,7 @@ class Trainer:
       tensorboard=run.config.log.tensorboard,
       primary=jax.process_index() == 0,
     )
+    self._contents = self._contents_ahead()
     self.stop_asked = False
     self._saved_at = time.monotonic()
 
@@ -124,34 +125,30 @@ class Trainer:
     """The steps that are left of the current epoch, chunk by chunk."""
     epoch, at = divmod(self.step, self.sizes.steps)
     plan = self._plan(self.shards, np.int32(epoch))
-    chunks = self._chunks_ahead(at)
-    with contextlib.closing(self._content(plan, at, chunks)) as contents:
+    for num_steps in self._chunks_ahead(at):
       started = time.perf_counter()  # the wait for content counts
-      for num_steps, content in zip(chunks, contents):
-        self.state, values = self._chunk(
-          np.int32(num_steps),
-          self.state,
-          self.shards,
-          self.shared,
-          plan,
-          content,
-        )
-        values = jax.device_get(self.engine.first(values))
-        row = self._read(*values, num_steps)
-        self.step += num_steps
-        trained = self._positives(num_steps)
-        row["interactions_per_s"] = trained / (time.perf_counter() - started)
-        at_end = self.step % self.sizes.steps == 0
-        if at_end and self.gradients_due(epoch + 1):
-          row |= self.measure_gradients(num_steps, plan, content)
-        if at_end:
-          row |= self.between_epochs(epoch + 1)
-        self.log.write(
-          self.step, {"epoch": self.step / self.sizes.steps, **row}
-        )
-        progress.update(trained, self._note(row))
-        self.save_if_due()
-        started = time.perf_counter()
+      content = next(self._contents)
+      self.state, values = self._chunk(
+        np.int32(num_steps),
+        self.state,
+        self.shards,
+        self.shared,
+        plan,
+        content,
+      )
+      values = jax.device_get(self.engine.first(values))
+      row = self._read(*values, num_steps)
+      self.step += num_steps
+      trained = self._positives(num_steps)
+      row["interactions_per_s"] = trained / (time.perf_counter() - started)
+      at_end = self.step % self.sizes.steps == 0
+      if at_end and self.gradients_due(epoch + 1):
+        row |= self.measure_gradients(num_steps, plan, content)
+      if at_end:
+        row |= self.between_epochs(epoch + 1)
+      self.log.write(self.step, {"epoch": self.step / self.sizes.steps, **row})
+      progress.update(trained, self._note(row))
+      self.save_if_due()
 
   def _read(self, values, watched, num_steps) -> dict:
     """A row to log of what the steps of a chunk say."""
@@ -174,26 +171,37 @@ class Trainer:
     starts = range(at, self.sizes.steps, length)
     return [min(length, self.sizes.steps - start) for start in starts]
 
-  def _content(self, plan, at, chunks):
-    """Yields the content of each chunk."""
-    if self.resident is not None:
-      for _ in chunks:
-        yield self.resident
-      return
-    places = self.engine.whole(plan.items)[:, at:]
-    ids = self.run.shards.items.ids["item"]
-    shard = np.arange(len(ids))[:, None, None]
-    order = np.where(
-      places < 0, sampling.PAD, ids[shard, np.maximum(places, 0)]
-    )
+  def _contents_ahead(self):
+    """Yields the content of every chunk from the current step on."""
+    while self.resident is not None:
+      yield self.resident
     yield from input_pipeline.stream(
       self.run.content,
-      order,
-      chunks,
+      self._orders_ahead(),
       update.chunk_steps(self.config, self.sizes),
       self.engine,
       self.config,
     )
+
+  def _orders_ahead(self):
+    """Yields the item ids of every chunk from the current step on.
+
+    Epoch after epoch, so that the first chunk of one is fetched while the
+    last chunk of the one before is trained and validated.
+    """
+    ids = self.run.shards.items.ids["item"]
+    shard = np.arange(len(ids))[:, None, None]
+    first, at = divmod(self.step, self.sizes.steps)
+    for epoch in range(first, self.config.epochs):
+      plan = self._plan(self.shards, np.int32(epoch))
+      places = self.engine.whole(plan.items)
+      order = np.where(
+        places < 0, sampling.PAD, ids[shard, np.maximum(places, 0)]
+      )
+      for num_steps in self._chunks_ahead(at):
+        yield order[:, at : at + num_steps]
+        at += num_steps
+      at = 0
 
   def _check_finite(self, values):
     bad = update.first_non_finite(values)
@@ -304,6 +312,7 @@ class Trainer:
       )
 
   def close(self):
+    self._contents.close()
     self.log.close()
     self.checkpoints.close()
 

@@ -74,7 +74,9 @@ def test_streamed_chunks_hold_the_content_of_their_steps():
   order = np.array([[[0], [1], [2]], [[3], [PAD], [0]]])  # [S, steps, W]
   engine, config = toy.make_engine(2), toy.get_config()
   chunks = list(
-    input_pipeline.stream(make_content(), order, [2, 1], 2, engine, config)
+    input_pipeline.stream(
+      make_content(), iter([order[:, :2], order[:, 2:]]), 2, engine, config
+    )
   )
   assert len(chunks) == 2
   nothing = np.zeros(3)

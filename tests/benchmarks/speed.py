@@ -12,6 +12,7 @@ left out without --manual_dir.
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -31,7 +32,6 @@ from scipy import sparse
 from mmm_jax import (
   assemble,
   command,
-  experiments,
   input_pipeline,
   logs,
   parallel,
@@ -154,8 +154,11 @@ def median_seconds(function, *, warm=1) -> float:
 
 def get_config(variants="", **changes):
   """configs/mmm.py without validation; `a__b=value` changes the key a.b."""
-  cell = experiments.Cell(0, f"mmm:{variants}", "simulated", 0, {})
-  config = experiments.read_config(cell)
+  path = ROOT / "configs" / "mmm.py"
+  spec = importlib.util.spec_from_file_location("speed_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(variants)
   config.epochs = NEVER
   config.eval.every_epochs = NEVER - 1
   config.checkpoint.every_seconds = float(NEVER)
