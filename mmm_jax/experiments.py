@@ -15,6 +15,7 @@ normal run of `mmm_jax.main` in its own folder; a finished one leaves its record
 in tests/results/<sweep>/, and `table` needs nothing else.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -138,12 +139,21 @@ def _model_config(model: str):
     raise errors.InputError(f"--model: {error}") from error
 
 
-def hash_config(config) -> str:
-  """SHA-256 of the values of a run, without where its files lie."""
+def hash_config(config, *, without=()) -> str:
+  """SHA-256 of the values of a run, without where its files lie.
+
+  Args:
+    config: of the run.
+    without: further keys whose values do not count.
+  """
   config = config.copy_and_resolve_references()
   for path in _PATHS:
     config.update_from_flattened_dict({path: ""})
-  text = json.dumps(json.loads(config.to_json()), sort_keys=True)
+  values = json.loads(config.to_json())
+  for key in without:
+    *folders, name = key.split(".")
+    del functools.reduce(dict.__getitem__, folders, values)[name]
+  text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -166,11 +176,14 @@ def _tune():
     return config
 
   config = make_config()
+  space = module.search_space(config)
+  # Of what is searched the values do not matter, but for the first trial.
+  rest = hash_config(config, without=space)
   tune = _load_tune()
   found = tune.search(
     make_config,
-    module.search_space(config),
-    {"model": model, "dataset": dataset, "config": hash_config(config)},
+    space,
+    {"model": model, "dataset": dataset, "config": rest},
     study,
     trials=_TRIALS.value,
     budget=_BUDGET.value,

@@ -193,6 +193,17 @@ SWEEPS = {{"short": short}}
 """
 
 
+def test_values_that_are_searched_do_not_bind_a_study():
+  config = runs.config("tiny")
+  rest = lambda: experiments.hash_config(config, without=["model.dim"])
+  whole, before = experiments.hash_config(config), rest()
+  config.model.dim += 1
+  assert rest() == before
+  assert experiments.hash_config(config) != whole
+  config.model.networks = ""
+  assert rest() != before
+
+
 def test_the_record_tells_of_the_best_epoch(tmp_path):
   rows = [
     {"epoch": 1.0, "valid/ndcg@20": 0.1},  # before the first K-means
