@@ -12,6 +12,7 @@ step in a shard, F width of a source.
 from collections.abc import Iterator
 from concurrent import futures
 import dataclasses
+import itertools
 
 import grain
 import jax
@@ -152,7 +153,7 @@ def load_resident(
 
 def stream(
   content: ItemContent,
-  chunks: Iterator[np.ndarray],
+  orders: Iterator[np.ndarray],
   length: int,
   engine: parallel.Engine,
   config,
@@ -161,14 +162,14 @@ def stream(
 
   Args:
     content: the items' content.
-    chunks: [S, steps, W] item ids of one chunk after the other.
-    length: T, steps for which a chunk has room.
+    orders: [S, steps, W] item ids of one epoch after the other.
+    length: T, steps of a chunk; the last one of an epoch may hold fewer.
     engine: where the arrays go.
     config: the run's config.
   """
 
-  def fetch(order):
-    parts = list(read(content, order.swapaxes(0, 1), config))
+  def fetch(batches):
+    parts = list(itertools.islice(batches, length))
     # A short last chunk keeps the shape of the others.
     parts += parts[-1:] * (length - len(parts))
     arrays = {
@@ -180,11 +181,13 @@ def stream(
   # One chunk is fetched while the devices work on the one before.
   with futures.ThreadPoolExecutor(1) as thread:
     ahead = None
-    for order in chunks:
-      following = thread.submit(fetch, order)
-      if ahead is not None:
-        yield ahead.result()
-      ahead = following
+    for order in orders:
+      batches = read(content, order.swapaxes(0, 1), config)
+      for _ in range(0, order.shape[1], length):
+        following = thread.submit(fetch, batches)
+        if ahead is not None:
+          yield ahead.result()
+        ahead = following
     if ahead is not None:
       yield ahead.result()
 

@@ -184,10 +184,10 @@ class Trainer:
     )
 
   def _orders_ahead(self):
-    """Yields the item ids of every chunk from the current step on.
+    """Yields the item ids of every epoch from the current step on.
 
-    Epoch after epoch, so that the first chunk of one is fetched while the
-    last chunk of the one before is trained and validated.
+    So the first chunk of an epoch is fetched while the last one of the epoch
+    before is trained and validated.
     """
     ids = self.run.shards.items.ids["item"]
     shard = np.arange(len(ids))[:, None, None]
@@ -198,9 +198,7 @@ class Trainer:
       order = np.where(
         places < 0, sampling.PAD, ids[shard, np.maximum(places, 0)]
       )
-      for num_steps in self._chunks_ahead(at):
-        yield order[:, at : at + num_steps]
-        at += num_steps
+      yield order[:, at:]
       at = 0
 
   def _check_finite(self, values):

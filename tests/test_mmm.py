@@ -98,8 +98,8 @@ def encode(run, state, source):
     inputs = (jnp.asarray(words), jnp.asarray(data.tokens > 0))
   else:
     encoder = layers.DenseEncoder(run.model.dim)
-    rows = [data(j)[source] for j in range(run.sizes.num_items)]
-    inputs = (jnp.asarray(np.stack(rows)),)
+    rows = data(np.arange(run.sizes.num_items))[source]
+    inputs = (jnp.asarray(rows),)
   apply = lambda params, first: encoder.apply(
     {"params": params}, first, *inputs[1:]
   )
