@@ -231,9 +231,9 @@ def microlens(c):
   c.losses.softmax.temperature = 0.12
   c.losses.softmax.shared_negatives = 2048
   c.schedule.decay_rate = 0.6
-  c.weights.user, c.weights.item = 0.3, 0.14
-  c.weights.user_tie = c.weights.network_tie = 0.08
-  c.weights.network_prior = 0.065
+  c.weights.user, c.weights.item = 0.3, 0.2
+  c.weights.user_tie = c.weights.network_tie = 0.12
+  c.weights.network_prior = 0.09
   c.weights.category, c.weights.category_prior = 0.1, 1.0
   c.remedies.networks_in_user = 1.0
   c.remedies.history_in_user = 1.0
