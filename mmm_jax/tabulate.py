@@ -22,6 +22,7 @@ _HEADS = {
   "valid": "valid nDCG@20",
   "test": "test nDCG@20",
   "interval": "95 % interval",
+  "difference": "less the first",
   "recall": "test recall@20",
   "pooled": "pooled_1024 nDCG@20",
   "wilcoxon": "p (Wilcoxon)",
@@ -80,6 +81,9 @@ def _set_rows(models):
     if _comparable(runs, reference) and runs is not reference
   }  # fmt: skip
   mean = lambda runs: _values(runs).mean(0)
+  differences = {
+    name: _difference(runs, reference) for name, runs in others.items()
+  }
   paired = [(mean(runs), mean(reference)) for runs in others.values()]
   tests = {
     "wilcoxon": [significance.wilcoxon(*pair) for pair in paired],
@@ -90,7 +94,9 @@ def _set_rows(models):
     for test, found in tests.items()
   }
   return [
-    _row(runs) | {test: _p(found.get(name)) for test, found in adjusted.items()}
+    _row(runs)
+    | {test: _p(found.get(name)) for test, found in adjusted.items()}
+    | {"difference": differences.get(name, "–")}
     for name, runs in models.items()
   ]
 
@@ -122,6 +128,19 @@ def _comparable(runs, reference):
 
 def _values(runs) -> np.ndarray:
   return np.stack([run["per_user"] for run in runs]).astype(np.float64)
+
+
+def _difference(runs, reference) -> str:
+  """The mean difference, user by user, and its 95 % interval.
+
+  Run by run where both have the same seeds, so that what a seed does to both
+  is not taken for a difference; else between the means over the runs.
+  """
+  ours, theirs = _values(runs), _values(reference)
+  if [run["seed"] for run in runs] != [run["seed"] for run in reference]:
+    ours, theirs = ours.mean(0)[None], theirs.mean(0)[None]
+  low, high = significance.interval(ours - theirs, seed=_SEED)
+  return f"{(ours - theirs).mean():+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def _row(runs) -> dict[str, str]:

@@ -118,7 +118,23 @@ def test_rows_of_a_table():
   assert pmf["epochs"] == "60* (55), 60* (55)"  # not ended by patience
   assert full["wilcoxon"] == "–"  # the reference
   assert pmf["wilcoxon"] == pmf["bootstrap"] == "< .001"
+  # Its second run is .0625 better than its first: .03125 - .125 for everyone.
+  assert pmf["difference"] == "-0.0938 (-0.0938 to -0.0938)"
+  assert full["difference"] == paper["difference"] == "–"
   assert paper["wilcoxon"] == "–"  # other users' values cannot be paired
+
+
+def test_differences_are_taken_seed_by_seed():
+  first = [record(n, "mmm:full", [0.5, 0.5], seed=n) for n in range(3)]
+  rest = [
+    record(3 + n, "mmm:pmf", np.array([0.25, 0.375]) + shift, seed=n)
+    for n, shift in enumerate((0.0, 0.0625, 0.125))
+  ]
+  for run, shift in zip(first, (0.0, 0.0625, 0.125)):
+    run["per_user"] = run["per_user"] + np.float16(shift)
+  # A user loses .25 and the other .125, in every run alike.
+  row = tabulate.rows([*first, *rest])[1]
+  assert row["difference"] == "-0.1875 (-0.2500 to -0.1250)"
 
 
 def test_likeness_to_the_set_s_own_categories():
