@@ -28,6 +28,7 @@ def base() -> ml_collections.ConfigDict:
   c.batch_size = 1024  # positives; each brings its negatives
   c.data_shards = 8  # parts of every batch, whatever the machine
   c.interaction_loss = "squared"  # squared (the paper), bce, bpr, softmax
+  c.compute_dtype = "float32"  # or bfloat16, of encoders and shared logits
   c.normalisation = "mean"  # or paper_sums, the literal Eq. 17
 
   c.dataset = ml_collections.ConfigDict()

@@ -34,7 +34,16 @@ from mmm_jax.datasets import base, splits
 
 _CONFIGS = pathlib.Path("configs")
 _RESULTS = pathlib.Path("tests/results")
-_PATHS = ("dataset.data_dir", "dataset.manual_dir", "split.path")
+# Of a config, what changes no result: where files lie, how often the run says
+# and saves how it stands, on which devices it is.
+_WITHOUT_RESULT = (
+  "dataset.data_dir",
+  "dataset.manual_dir",
+  "split.path",
+  "checkpoint",
+  "log",
+  "parallel",
+)
 _METRIC = "ndcg@20"  # kept for every user
 
 _SWEEP = flags.DEFINE_string("sweep", None, "A sweep of configs/sweeps.py.")
@@ -140,17 +149,14 @@ def _model_config(model: str):
 
 
 def hash_config(config, *, without=()) -> str:
-  """SHA-256 of the values of a run, without where its files lie.
+  """SHA-256 of the values of a run that its results depend on.
 
   Args:
     config: of the run.
     without: further keys whose values do not count.
   """
-  config = config.copy_and_resolve_references()
-  for path in _PATHS:
-    config.update_from_flattened_dict({path: ""})
   values = json.loads(config.to_json())
-  for key in without:
+  for key in (*_WITHOUT_RESULT, *without):
     *folders, name = key.split(".")
     del functools.reduce(dict.__getitem__, folders, values)[name]
   text = json.dumps(values, sort_keys=True)

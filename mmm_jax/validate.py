@@ -18,6 +18,7 @@ _HELPERS = ("layers",)  # in mmm_jax.models, and no models
 
 CHOICES = {
   "interaction_loss": (*losses.PAIRWISE, "softmax"),
+  "compute_dtype": ("float32", "bfloat16"),
   "normalisation": ("mean", "paper_sums"),
   "model.name": tuple(
     module.name

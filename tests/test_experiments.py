@@ -220,6 +220,18 @@ def test_values_that_are_searched_do_not_bind_a_study():
   assert rest() != before
 
 
+def test_what_changes_no_result_does_not_make_a_record_stale():
+  config = runs.config("tiny")
+  before = experiments.hash_config(config)
+  config.dataset.data_dir = "elsewhere"
+  config.parallel.engine = "mesh"
+  config.log.every_steps += 1
+  config.checkpoint.keep += 1
+  assert experiments.hash_config(config) == before
+  config.compute_dtype = "bfloat16"
+  assert experiments.hash_config(config) != before
+
+
 def test_the_record_tells_of_the_best_epoch(tmp_path):
   rows = [
     {"epoch": 1.0, "valid/ndcg@20": 0.1},  # before the first K-means

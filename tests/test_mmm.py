@@ -265,6 +265,7 @@ def small_model(**changes):
     interaction_loss="squared",
     temperature=0.5,
     prior_stream="interactions",
+    compute_dtype="float32",
     remedies=NEUTRAL,
   )
   return mmm.MMM(**values | changes)
@@ -710,6 +711,30 @@ def test_text_cnn_is_eq_1_to_5_in_loops():
     dense = params["dense"]
     x = np.concatenate(pooled) @ dense["kernel"] + dense["bias"]
     np.testing.assert_allclose(found[text], np.maximum(x, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_bfloat16_is_near_float32(empty):
+  cnn = {"widths": (2, 3), "filters": 4, "dim": 3}
+  words, mask = normal(2, 5, 2), np.full((2, 5), not empty)
+  dense, vectors = {"dim": 3}, normal(2, 6)
+  left, right = normal(4, 8), normal(5, 8)
+  for module, values, *inputs in (
+    (layers.TextCNN, cnn, words, mask),
+    (layers.DenseEncoder, dense, vectors),
+  ):
+    exact, coarse = module(**values), module(**values, dtype="bfloat16")
+    params = coarse.init(jax.random.key(0), *inputs)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    found, wanted = coarse.apply(params, *inputs), exact.apply(params, *inputs)
+    assert found.dtype == jnp.float32
+    # Eight bits of a number: an error of up to 1/256 of every factor.
+    np.testing.assert_allclose(found, wanted, atol=0.05)
+    assert empty or (found != wanted).any()
+  found = layers.all_pairs(left, right, "bfloat16")
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, left @ right.T, atol=0.1)
+  assert (found != left @ right.T).any()
 
 
 def test_an_empty_text_gives_finite_values_and_gradients():

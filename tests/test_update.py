@@ -85,6 +85,29 @@ def test_golden_first_steps(variant):
   )
 
 
+def test_bfloat16_trains_the_same_float32_tables():
+  """Encoders and shared logits are coarser; the start and the losses are not.
+
+  By the first loss, which knows no update, the error is below 1/256.
+  """
+  exact = golden_session("best-softmax")
+  run = exact.run
+  config = run.config.copy_and_resolve_references()
+  config.compute_dtype = "bfloat16"
+  model = run.model.clone(compute_dtype="bfloat16")
+  coarse = toy.Session(run._replace(config=config, model=model))
+  coarse.state = toy.with_categories(
+    coarse.state,
+    exact.state.categories.assignment,
+    exact.state.categories.centroids,
+  )
+  wanted, found = exact.train(2)["loss"], coarse.train(2)["loss"]
+  np.testing.assert_allclose(found, wanted, rtol=1 / 256)
+  assert (found != wanted).all()
+  kinds = {leaf.dtype for leaf in jax.tree.leaves(coarse.state)}
+  assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
 # --- learning rate ---------------------------------------------------------
 
 

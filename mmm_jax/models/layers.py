@@ -17,16 +17,21 @@ class TextCNN(nn.Module):
   widths: Sequence[int]
   filters: int
   dim: int
+  dtype: str = "float32"  # of the products; weights and results are float32
 
   @nn.compact
   def __call__(self, words: jax.Array, mask: jax.Array) -> jax.Array:
     """words [..., L, e], mask [..., L] of real words -> [..., d]."""
     words = jnp.where(mask[..., None], words, 0)
     kernel, bias = self._filters(words.shape[-1])
-    features = self._windows(words) @ kernel + bias
+    windows, kernel, bias = (
+      x.astype(self.dtype) for x in (self._windows(words), kernel, bias)
+    )
+    features = windows @ kernel + bias
     # A window may run past the end of a text, but must start inside it.
     pooled = nn.relu(max_over_time(features, mask))
-    return nn.relu(nn.Dense(self.dim, name="dense")(pooled))
+    dense = nn.Dense(self.dim, dtype=self.dtype, name="dense")
+    return nn.relu(dense(pooled)).astype(jnp.float32)
 
   def _filters(self, size):
     """Filters of all widths side by side: [longest * e, widths * F], bias.
@@ -85,15 +90,26 @@ class DenseEncoder(nn.Module):
   """relu(W x + b) of a fixed-length vector (Eq. 6)."""
 
   dim: int
+  dtype: str = "float32"  # of the product; weights and results are float32
 
   @nn.compact
   def __call__(self, vectors: jax.Array) -> jax.Array:
     """[..., F] of any float type -> [..., d] float32."""
-    return nn.relu(nn.Dense(self.dim)(vectors.astype(jnp.float32)))
+    dense = nn.Dense(self.dim, dtype=self.dtype)
+    return nn.relu(dense(vectors.astype(self.dtype))).astype(jnp.float32)
 
 
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
   return jnp.sum(left * right, -1)
+
+
+def all_pairs(left: jax.Array, right: jax.Array, dtype: str) -> jax.Array:
+  """[B, d], [n, d] -> [B, n] float32 products of numbers in `dtype`."""
+  return jnp.matmul(
+    left.astype(dtype),
+    right.astype(dtype).T,
+    preferred_element_type=jnp.float32,
+  )
 
 
 def normalise(vectors: jax.Array) -> jax.Array:

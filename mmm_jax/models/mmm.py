@@ -66,12 +66,14 @@ class MMM(nn.Module):
   interaction_loss: str
   temperature: float  # of the softmax loss
   prior_stream: str  # whose rows carry |u|^2 and |v|^2
+  compute_dtype: str  # of encoders and of logits that a batch shares
   remedies: Remedies
 
   def setup(self):
-    encoders = {name: layers.DenseEncoder(self.dim) for name in self.vectors}
+    size = {"dim": self.dim, "dtype": self.compute_dtype}
+    encoders = {name: layers.DenseEncoder(**size) for name in self.vectors}
     if self.text is not None:
-      encoders["text"] = layers.TextCNN(**self.text, dim=self.dim)
+      encoders["text"] = layers.TextCNN(**self.text, **size)
     self.encoders = encoders
     self.maps = {
       name: self.param(
@@ -200,7 +202,9 @@ class MMM(nn.Module):
 
   def _softmax(self, user, positive, shared, batch, mask):
     positive_logits = self.score_pairs(user, positive)
-    logits = self.score(layers.normalise(user), layers.normalise(shared))
+    logits = self._scale * layers.all_pairs(
+      layers.normalise(user), layers.normalise(shared), self.compute_dtype
+    )
     # Whoever has more items than are masked may still meet this one.
     own = batch["negatives"][None] == batch["item"][:, None]
     logits = jnp.where(own | batch["seen_negatives"], -jnp.inf, logits)
@@ -299,7 +303,10 @@ class MMM(nn.Module):
     scale = 1 / self.remedies.content_temperature
     query = layers.normalise(projected) * scale
     own = layers.dot(query, layers.normalise(item))
-    others = query @ layers.normalise(rows["item"]["negative"]).T
+    shared = layers.normalise(rows["item"]["negative"])
+    others = layers.all_pairs(
+      query.reshape(-1, self.dim), shared, self.compute_dtype
+    ).reshape(*query.shape[:-1], -1)
     same = batch["stream_item"][..., None] == batch["negatives"]
     others = jnp.where(same, -jnp.inf, others)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
@@ -517,6 +524,7 @@ def create(config, sources: tuple[str, ...], networks: tuple[str, ...]) -> MMM:
     prior_stream="streams"
     if config.normalisation == "paper_sums"
     else "interactions",
+    compute_dtype=config.compute_dtype,
     remedies=Remedies(
       **{name: getattr(remedies, name) for name in Remedies._fields}
     ),
