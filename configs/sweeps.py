@@ -37,7 +37,7 @@ def variants():
 def ablation():
   """What the parts add, under the paper's loss and under the best one."""
   for dataset, seeds in SEEDS.items():
-    models = [f"mmm:{dataset}"]
+    models = [f"mmm:{dataset}", f"mmm:{dataset}_pmf"]
     models += [f"mmm:{dataset},{part}" for part in PARTS]
     models += [f"mmm:{part}" for part in ("full", *PARTS)]
     for model in models:
