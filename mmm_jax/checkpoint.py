@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mmm_jax import errors
+from mmm_jax import errors, parallel
 from mmm_jax.datasets import records
 
 _LOG = logging.getLogger("mmm_jax")
@@ -41,7 +41,7 @@ def save(manager: ocp.CheckpointManager, step: int, tree) -> None:
   """
   if step in manager.all_steps():
     return
-  flat = _flat(jax.device_get(tree))
+  flat = parallel.spread(_flat(jax.device_get(tree)))
   try:
     with _quiet():
       manager.save(step, args=ocp.args.StandardSave(flat))
@@ -76,7 +76,9 @@ def _quiet():
 
 def load(manager: ocp.CheckpointManager, step: int, template):
   """The checkpoint of `step` as a tree like `template`, or any exception."""
-  flat = manager.restore(step, args=ocp.args.StandardRestore())
+  # Onto the host, wherever its parts were when it was written.
+  wanted = ocp.args.StandardRestore(_flat(template))
+  flat = manager.restore(step, args=wanted)
   return _unflat(flat, template)
 
 

@@ -8,7 +8,7 @@ import sys
 from absl import app, flags, logging
 import jax
 
-from mmm_jax import errors
+from mmm_jax import errors, parallel
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
@@ -41,6 +41,16 @@ def run(main) -> None:
     _exit(str(stopped), STOPPED)
   except KeyboardInterrupt:
     _exit("stopped; the same command continues", STOPPED)
+  except errors.LostError as error:
+    _exit(f"error: {error}; the same command continues", STOPPED)
+  except Exception as error:
+    if not parallel.is_loss(error):
+      raise
+    _exit(
+      "error: another process of this run is gone; the same command with the"
+      f" same --workdir continues ({error})",
+      STOPPED,
+    )
 
 
 def _quieten() -> None:

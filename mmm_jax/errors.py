@@ -7,3 +7,7 @@ class InputError(ValueError):
   The message says what was found and where, what is valid, and what to do.
   Commands print it on one line of stderr and exit with code 2.
   """
+
+
+class LostError(RuntimeError):
+  """Another process of this run is gone or did not come; it can be resumed."""

@@ -2,8 +2,10 @@
 
 python -m mmm_jax.main --config=configs/mmm.py[:variant,...]
     [--config.key=value ...] [--workdir=DIR]
+    [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
-The same command with the same --workdir continues an unfinished run.
+The same command with the same --workdir continues an unfinished run. Several
+processes are told of one another by the scheduler or by the last three flags.
 Exit codes: 0 done, 2 bad input or config, 75 stopped and resumable, 1 else.
 """
 
@@ -12,9 +14,10 @@ import shlex
 import sys
 
 from absl import flags
+import jax
 from ml_collections import config_flags
 
-from mmm_jax import command, errors, logs, train
+from mmm_jax import command, errors, logs, parallel, train
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, with variants behind a colon."
@@ -22,12 +25,33 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; a fresh one under runs/ if not given."
 )
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  None,
+  "HOST:PORT of the first of several processes; auto: as JAX finds them.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Of this run.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Of this one, from 0.", lower_bound=0
+)
 
 
 def main(argv):
   if len(argv) > 1:
     raise errors.InputError(f"unexpected argument {argv[1]!r}; see --help")
   config = _read_config()
+  parallel.join(
+    _COORDINATOR.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    timeout_s=config.parallel.timeout_s,
+  )
+  if _WORKDIR.value is None and jax.process_count() > 1:
+    raise errors.InputError(
+      "--workdir is missing: the processes of a run share one folder"
+    )
   command.cache_compilations(config.dataset.data_dir)
   workdir = _WORKDIR.value or _fresh_folder(config)
 
@@ -39,7 +63,8 @@ def main(argv):
   result = train.train_and_evaluate(
     config, workdir, started=say_how_to_continue
   )
-  print(logs.final_table(result, dataset=config.dataset.name))
+  if jax.process_index() == 0:
+    print(logs.final_table(result, dataset=config.dataset.name))
 
 
 def _read_config():

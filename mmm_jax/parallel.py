@@ -1,15 +1,24 @@
-"""Devices, and the two ways to map one per-device function over them.
+"""Processes, devices, and two ways to map one per-device function over them.
 
 A function is written for one device: it sees the whole of what is replicated,
 its own part of what is sharded (leading axis: data shards), and reduces over
 the axis named "data". `Engine.map` runs it on one device (`jit`), on several
 by `pmap`, or by `shard_map` over a `Mesh`.
+
+A run may have several processes, each with devices of its own (`join`). They
+run the same program on the same host values; each puts its own data shards on
+its devices, and the first one alone writes files (`on_first`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import ctypes
 import dataclasses
+import logging
+import os
+import signal
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -22,12 +31,21 @@ ENGINES = ("pmap", "mesh")  # the values of parallel.engine
 # What an argument or a result of a mapped function is.
 REPLICATED, SHARDED, HOST = "replicated", "sharded", "host"
 
+_PROCESSES = "process"  # axis with one device of every process
+_TRANSPORTS = ("gloo", "nccl", "coordination")  # in messages of their errors
+_MESSAGE = 4096  # bytes of a text that processes send one another
+_LOST = (
+  b"error: another process of this run is gone (see above); the same command"
+  b" with the same --workdir continues\n"
+)
+_STOPPED = 75  # as command.STOPPED, which is above this module
+
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
   """Where a run's arrays live and how its functions are mapped."""
 
-  devices: tuple
+  devices: tuple  # of all processes
   by_pmap: bool
 
   @property
@@ -38,35 +56,59 @@ class Engine:
   def mesh(self) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(self.devices), (AXIS,))
 
+  @property
+  def _own_devices(self):
+    return [d for d in self.devices if d.process_index == jax.process_index()]
+
+  def _put(self, tree, spec):
+    # What pmap maps over, a process sees as an array of its own devices.
+    mesh = self.mesh
+    if self.by_pmap:
+      mesh = jax.sharding.Mesh(np.array(self._own_devices), (AXIS,))
+    sharding = NamedSharding(mesh, spec)
+    put = jax.make_array_from_process_local_data
+    return jax.tree.map(lambda x: put(sharding, np.asarray(x)), tree)
+
+  def own(self, tree):
+    """Host values of all data shards -> those of this process."""
+    first = self.devices.index(self._own_devices[0])
+
+    def cut(x):
+      size = len(x) // self.num_devices  # shards of a device
+      return x[first * size : (first + len(self._own_devices)) * size]
+
+    return jax.tree.map(cut, tree)
+
   def replicate(self, tree):
     """Host values -> a copy on every device."""
-    if self.by_pmap:
-      copy = lambda x: np.broadcast_to(x, (self.num_devices, *np.shape(x)))
-      tree = jax.tree.map(lambda x: copy(np.asarray(x)), tree)
-      return jax.device_put(tree, NamedSharding(self.mesh, P(AXIS)))
-    return jax.device_put(tree, NamedSharding(self.mesh, P()))
+    if not self.by_pmap:
+      return self._put(tree, P())
+    copies = len(self._own_devices)
+    copy = lambda x: np.broadcast_to(x, (copies, *np.shape(x)))
+    return self._put(jax.tree.map(copy, tree), P(AXIS))
 
   def shard(self, tree):
-    """Host values with leading axis of data shards -> a part on each device."""
+    """Host values of this process's data shards -> a part on each device."""
     if self.by_pmap:
-      split = lambda x: x.reshape(
-        self.num_devices, x.shape[0] // self.num_devices, *x.shape[1:]
-      )
+      split = lambda x: x.reshape(len(self._own_devices), -1, *x.shape[1:])
       tree = jax.tree.map(split, tree)
-    return jax.device_put(tree, NamedSharding(self.mesh, P(AXIS)))
+    return self._put(tree, P(AXIS))
 
   def first(self, tree):
-    """A replicated tree as plain arrays on the first device."""
+    """A replicated tree as plain arrays on this process's first device."""
     if self.by_pmap:
       return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
     return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
 
-  def whole(self, tree):
-    """A sharded tree as host arrays with the leading axis of data shards."""
-    arrays = jax.device_get(tree)
-    if self.by_pmap:
-      return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
-    return arrays
+  def local(self, tree):
+    """A sharded tree as host arrays of this process's data shards."""
+
+    def gather(x):
+      parts = sorted(x.addressable_shards, key=lambda part: part.index[0].start)
+      whole = np.concatenate([np.asarray(part.data) for part in parts])
+      return whole.reshape(-1, *x.shape[2:]) if self.by_pmap else whole
+
+    return jax.tree.map(gather, tree)
 
   def map(self, function: Callable, inputs, outputs, *, donate=()) -> Callable:
     """Compiles `function` for all devices.
@@ -105,6 +147,11 @@ def make_engine(config) -> Engine:
   """
   present = jax.devices()
   wanted = config.parallel.devices or len(present)
+  if jax.process_count() > 1 and wanted != len(present):
+    raise errors.InputError(
+      f"parallel.devices={wanted}, but the {jax.process_count()} processes of"
+      f" this run have {len(present)} devices, and all are used; leave it 0"
+    )
   if wanted > len(present):
     raise errors.InputError(
       f"parallel.devices={wanted}, but this process sees {len(present)}"
@@ -119,3 +166,161 @@ def make_engine(config) -> Engine:
     )
   by_pmap = config.parallel.engine == "pmap" and wanted > 1
   return Engine(tuple(present[:wanted]), by_pmap)
+
+
+# --- processes ---------------------------------------------------------------
+
+
+def join(
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  *,
+  timeout_s: int,
+) -> None:
+  """Makes this process one of a run, where there are several.
+
+  To be called before anything else asks JAX for its devices.
+
+  Args:
+    coordinator: HOST:PORT of the first process; "auto" leaves all to JAX; None
+      if the scheduler's environment says it, or there is one process.
+    num_processes: of the run.
+    process_id: of this one, from 0.
+    timeout_s: how long to wait for the others to come, and how long one of
+      them may be silent before the run ends.
+
+  Raises:
+    errors.InputError: the three flags do not go together.
+    errors.LostError: the others have not come in time.
+  """
+  given = [coordinator, num_processes, process_id]
+  if coordinator == "auto" or (given == [None] * 3 and _scheduled()):
+    coordinator = num_processes = process_id = None
+  elif given == [None] * 3:
+    return
+  elif None in given:
+    raise errors.InputError(
+      "--coordinator, --num_processes and --process_id go together; found"
+      f" {coordinator}, {num_processes} and {process_id}"
+    )
+  _end_when_others_are_lost()
+  # Without devices of one kind, collectives of CPUs need a transport.
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      initialization_timeout=timeout_s,
+      heartbeat_timeout_seconds=timeout_s,
+      shutdown_timeout_seconds=timeout_s,
+    )
+  except ValueError as error:  # of flags or an environment that say too little
+    raise errors.InputError(
+      f"--coordinator, --num_processes, --process_id: {error}"
+    ) from error
+  except RuntimeError as error:
+    raise errors.LostError(
+      f"the processes of this run did not come together within {timeout_s} s"
+      f" (parallel.timeout_s): {error}"
+    ) from error
+  if jax.process_index():
+    logging.getLogger("mmm_jax").setLevel(logging.WARNING)
+
+
+def _scheduled() -> bool:
+  """Whether a scheduler started this process as one of several."""
+  tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+  workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+  return int(tasks) > 1 or "," in workers
+
+
+def _end_when_others_are_lost():
+  """Gives the abort by which JAX ends a process a message and a code.
+
+  Its client aborts from a thread of its own when a process is lost, while
+  Python may wait in a collective; so no exception can tell of it.
+  """
+
+  @ctypes.CFUNCTYPE(None, ctypes.c_int)
+  def end(_):
+    os.write(2, _LOST)
+    os._exit(_STOPPED)
+
+  library = ctypes.CDLL(None)
+  library.signal.restype = ctypes.c_void_p
+  library.signal(int(signal.SIGABRT), end)
+  _end_when_others_are_lost.kept = end  # as long as the process lives
+
+
+def is_loss(error: Exception) -> bool:
+  """Whether an exception is of a collective that lost a process."""
+  text = str(error).lower()
+  return jax.process_count() > 1 and any(name in text for name in _TRANSPORTS)
+
+
+def any_process(flags: Sequence[bool]) -> list[bool]:
+  """Of each flag, whether it is set in any process; all must call this."""
+  if jax.process_count() == 1:
+    return list(flags)
+  found = multihost_utils.process_allgather(np.array(flags, bool))
+  return found.any(0).tolist()
+
+
+def largest(tree):
+  """Elementwise maximum of host arrays over the processes."""
+  if jax.process_count() == 1:
+    return tree
+  return jax.tree.map(
+    lambda x: x.max(0), multihost_utils.process_allgather(tree)
+  )
+
+
+def on_first(action: Callable[[], object]) -> None:
+  """Runs `action` on the first process; its InputError is everybody's."""
+  if jax.process_count() == 1:
+    action()
+    return
+  told = ""
+  if jax.process_index() == 0:
+    try:
+      action()
+    except errors.InputError as error:
+      told = str(error)
+  told = _from_first(told)
+  if told:
+    raise errors.InputError(told)
+
+
+def _from_first(text: str) -> str:
+  """The first process's text, cut to _MESSAGE bytes."""
+  code = np.zeros(_MESSAGE, np.uint8)
+  raw = np.frombuffer(text.encode()[:_MESSAGE], np.uint8)
+  code[: len(raw)] = raw
+  code = multihost_utils.broadcast_one_to_all(code)
+  return bytes(code).rstrip(b"\0").decode(errors="ignore")
+
+
+def spread(tree):
+  """Equal host arrays -> global ones that all processes can write together.
+
+  Each holds a part of what divides into as many, and all hold the rest.
+  """
+  count = jax.process_count()
+  if count == 1:
+    return tree
+  firsts = {device.process_index: device for device in reversed(jax.devices())}
+  devices = np.array([firsts[number] for number in range(count)])
+  mesh = jax.sharding.Mesh(devices, (_PROCESSES,))
+
+  def put(x):
+    if x.ndim and len(x) % count == 0:
+      part = np.split(x, count)[jax.process_index()]
+      spec = P(_PROCESSES)
+    else:
+      part, spec = x, P()
+    sharding = NamedSharding(mesh, spec)
+    return jax.make_array_from_process_local_data(sharding, part, x.shape)
+
+  return jax.tree.map(put, tree)

@@ -17,7 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mmm_jax import candidates
+from mmm_jax import candidates, parallel
 
 # Scoring a gathered pair takes about as long as scoring this many pairs of a
 # tile (dot products of 64 dimensions, 2 CPU cores).
@@ -75,21 +75,21 @@ def rank(
   # One width for all blocks, so that one compilation serves them all.
   width = max((exclude.counts[users[row]].sum() for row in rows), default=0)
   width = 1 << int(width).bit_length()
-  blocks = []
-  for row in rows:
+  blocks = {}
+  for number, row in enumerate(rows):
+    if not _is_mine(number):
+      continue
     block = users[row]
-    blocks.append(
-      _rank_block(
-        _as_pytree(scorer.score),
-        scorer.users(jnp.asarray(block)),
-        scorer.items,
-        block,
-        *_excluded_pairs(exclude, block, width=width, num_items=num_items),
-        np.uint32(seed),
-        num_items=num_items,
-        k=k,
-        tile=min(item_tile, num_items),
-      )
+    blocks[number * user_block] = _rank_block(
+      _as_pytree(scorer.score),
+      scorer.users(jnp.asarray(block)),
+      scorer.items,
+      block,
+      *_excluded_pairs(exclude, block, width=width, num_items=num_items),
+      np.uint32(seed),
+      num_items=num_items,
+      k=k,
+      tile=min(item_tile, num_items),
     )
   return _gathered(blocks, users, k)
 
@@ -97,24 +97,23 @@ def rank(
 def rank_lists(scorer, user, blocks, *, num_items, k, seed, item_tile):
   """The k best of each candidate list, and the hash of all lists."""
   digest = hashlib.sha256()
-  left = len(user)
-  tops = []
-  for block in blocks:
-    lists = np.asarray(block.items)[:left]
+  first, tops = 0, {}
+  for number, block in enumerate(blocks):
+    lists = np.asarray(block.items)[: len(user) - first]
     digest.update(lists.astype("<i4", copy=False).tobytes())
-    left -= len(lists)
-    tops.append(
-      _rank_lists_block(
-        _as_pytree(scorer.score),
-        scorer.users(jnp.asarray(block.user)),
-        scorer.items,
-        block.user,
-        block.items,
-        np.uint32(seed),
-        num_items=num_items,
-        k=k,
-        tile=min(item_tile, num_items),
-      )
+    at, first = first, first + len(lists)
+    if not _is_mine(number):
+      continue
+    tops[at] = _rank_lists_block(
+      _as_pytree(scorer.score),
+      scorer.users(jnp.asarray(block.user)),
+      scorer.items,
+      block.user,
+      block.items,
+      np.uint32(seed),
+      num_items=num_items,
+      k=k,
+      tile=min(item_tile, num_items),
     )
   items, _ = _gathered(tops, user, k)
   return items, digest.hexdigest()
@@ -265,17 +264,22 @@ def _excluded_pairs(exclude, users, *, width, num_items):
   return pairs
 
 
+def _is_mine(number):
+  """Whether this process ranks a block; they take turns."""
+  return number % jax.process_count() == jax.process_index()
+
+
 def _gathered(blocks, users, k):
-  """Blocks of (items, scores) -> those of all users, k wide."""
+  """{first row: items and scores of a block} -> those of all users, k wide."""
   items = np.full((len(users), k), -1, np.int32)
   scores = np.full((len(users), k), -np.inf, np.float32)
-  first = 0
-  for block_items, block_scores in blocks:
+  for first, (block_items, block_scores) in blocks.items():
     rows = slice(first, first + len(block_items))
     width = block_items.shape[1]
     items[rows, :width] = np.asarray(block_items)[: len(users) - first]
     scores[rows, :width] = np.asarray(block_scores)[: len(users) - first]
-    first += len(block_items)
+  # The blocks of other processes, which are empty here.
+  items, scores = parallel.largest((items, scores))
   bad = (scores == np.inf).any(1)
   if bad.any():
     raise FloatingPointError(

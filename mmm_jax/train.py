@@ -88,14 +88,17 @@ class Trainer:
       _LOG.info("resumed at step %d; %d to redo", self.step, redo)
     self.log.resume(self.step)
     self.state = engine.replicate(state)
-    self.shards = engine.shard(run.shards)
+    self.shards = engine.shard(engine.own(run.shards))
     self.shared = engine.replicate(run.shared)
     resident = run.content.fits(self.config.input.content_budget_mb)
     self._make_functions(resident)
     self.resident = None
     if resident:
       self.resident = input_pipeline.load_resident(
-        run.content, run.shards.items.ids["item"], engine, self.config
+        run.content,
+        engine.own(run.shards.items.ids["item"]),
+        engine,
+        self.config,
       )
     if not self.step and self._categories_due(0):
       self.cluster(0)
@@ -189,12 +192,12 @@ class Trainer:
     So the first chunk of an epoch is fetched while the last one of the epoch
     before is trained and validated.
     """
-    ids = self.run.shards.items.ids["item"]
+    ids = self.engine.own(self.run.shards.items.ids["item"])
     shard = np.arange(len(ids))[:, None, None]
     first, at = divmod(self.step, self.sizes.steps)
     for epoch in range(first, self.config.epochs):
       plan = self._plan(self.shards, np.int32(epoch))
-      places = self.engine.whole(plan.items)
+      places = self.engine.local(plan.items)
       order = np.where(
         places < 0, sampling.PAD, ids[shard, np.maximum(places, 0)]
       )
@@ -302,9 +305,12 @@ class Trainer:
   def save_if_due(self):
     """Saves after a while, and before stopping if a signal asked to."""
     waited = time.monotonic() - self._saved_at
-    if self.stop_asked or waited >= self.config.checkpoint.every_seconds:
+    due = waited >= self.config.checkpoint.every_seconds
+    # A signal may have reached one process alone, and clocks differ.
+    stop, due = parallel.any_process([self.stop_asked, due])
+    if stop or due:
       self.save()
-    if self.stop_asked:
+    if stop:
       raise command.Stopped(
         f"stopped at step {self.step}; the same command continues"
       )
@@ -350,7 +356,9 @@ def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
   """
   workdir = pathlib.Path(workdir)
   validate.check(config)
-  with folders.locked(workdir):
+  with contextlib.ExitStack() as held:
+    lock = folders.locked(workdir)
+    parallel.on_first(lambda: held.enter_context(lock))
     folders.check_config(config, workdir)
     done = workdir / "result.json"
     if done.exists():
@@ -358,7 +366,7 @@ def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
     engine = parallel.make_engine(config)
     run = assemble.assemble(config)
     trainer = Trainer(run, workdir, engine)
-    folders.write_inputs(run, workdir)
+    parallel.on_first(lambda: folders.write_inputs(run, workdir))
     started()
     with contextlib.closing(trainer):
       with stopping(trainer):
@@ -369,7 +377,10 @@ def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
           run, best, ("valid", "test"), config.eval.protocols
         )
       trainer.manifest.write(finished=True)
-      return folders.write_results(run, result, per_user, workdir)
+      parallel.on_first(
+        lambda: folders.write_results(run, result, per_user, workdir)
+      )
+      return files.read_json(done)
 
 
 @contextlib.contextmanager

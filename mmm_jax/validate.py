@@ -62,6 +62,7 @@ RANGES = {
   "input.threads": (1, math.inf),
   "input.prefetch_batches": (1, math.inf),
   "parallel.devices": (0, math.inf),
+  "parallel.timeout_s": (1, math.inf),
   "model.dim": (1, math.inf),
   "text.dim": (1, math.inf),
   "text.max_tokens": (1, math.inf),

@@ -80,13 +80,8 @@ def write_inputs(run: assemble.Run, workdir: pathlib.Path) -> None:
 
 def write_results(
   run: assemble.Run, result: dict, per_user: dict, workdir: pathlib.Path
-) -> dict:
-  """Writes what `evaluate.evaluate` found; result.json, the last, ends a run.
-
-  Returns:
-    What it holds.
-  """
+) -> None:
+  """Writes what `evaluate.evaluate` found; result.json, the last, ends it."""
   per_user = {**per_user, "user": run.dataset.users[per_user["user"]]}
   files.write_parquet(workdir / "per_user.parquet", per_user)
   files.write_json(workdir / "result.json", result)
-  return files.read_json(workdir / "result.json")

@@ -68,15 +68,16 @@ class Done(NamedTuple):
   err: str
 
 
-def start(module: str, *arguments, cwd=None, **streams) -> subprocess.Popen:
+def start(
+  module: str, *arguments, cwd=None, devices=1, **streams
+) -> subprocess.Popen:
   """Starts `python -m module arguments`; by default its output is dropped."""
   streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | (
     streams
   )
   command = [sys.executable, "-m", module, *map(str, arguments)]
-  return subprocess.Popen(
-    command, cwd=cwd or ROOT, env=environment(), **streams
-  )
+  env = environment() | {"JAX_NUM_CPU_DEVICES": str(devices)}
+  return subprocess.Popen(command, cwd=cwd or ROOT, env=env, **streams)
 
 
 def run(module: str, *arguments, cwd=None) -> Done:

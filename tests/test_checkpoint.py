@@ -75,12 +75,12 @@ def empty(folder):
   folder.mkdir()
 
 
-def drop_metadata(folder):
-  for path in folder.rglob("_METADATA"):
+def drop_manifest(folder):
+  for path in folder.rglob("manifest.ocdbt"):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, drop_metadata])
+@pytest.mark.parametrize("damage", [truncate, empty, drop_manifest])
 def test_a_damaged_newest_checkpoint_falls_back(tmp_path, caplog, damage):
   saved(tmp_path, 1, 2).close()
   damage(tmp_path / "2")

@@ -80,11 +80,11 @@ def test_streamed_chunks_hold_the_content_of_their_steps():
   )
   assert len(chunks) == 4  # two of each epoch
   nothing = np.zeros(3)
-  first = engine.whole(chunks[0]["visual"])
+  first = engine.local(chunks[0]["visual"])
   np.testing.assert_array_equal(
     first[:, :, 0], [[PICTURES[3], PICTURES[2]], [PICTURES[0], nothing]]
   )
-  last = engine.whole(chunks[1]["visual"])
+  last = engine.local(chunks[1]["visual"])
   np.testing.assert_array_equal(last[:, 0, 0], [PICTURES[1], PICTURES[3]])
   assert last.shape == first.shape  # a short chunk is not compiled again
 
@@ -95,7 +95,7 @@ def test_resident_content_lies_in_the_places_of_the_stream():
   found = input_pipeline.load_resident(
     make_content(), items, engine, toy.get_config()
   )
-  text = engine.whole(found["text"])
+  text = engine.local(found["text"])
   np.testing.assert_array_equal(
     text, [[TOKENS[0], TOKENS[2]], [TOKENS[3], [0, 0]]]
   )

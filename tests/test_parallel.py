@@ -79,7 +79,7 @@ def test_engine_reduces_over_all_devices(kind):
     np.float32(3), engine.replicate(np.float32(2)), engine.shard(part)
   )
   assert engine.first(whole) == 3 * 120 * 2
-  np.testing.assert_array_equal(engine.whole(changed), part + 1)
+  np.testing.assert_array_equal(engine.local(changed), part + 1)
 
 
 @pytest.mark.parametrize("kind", ["mesh", "pmap"])
@@ -91,7 +91,7 @@ def test_replicated_and_sharded_values_come_back(kind):
   assert back["b"] == 1.5 and back["b"].shape == ()
   part = {"a": np.arange(24).reshape(8, 3)}
   np.testing.assert_array_equal(
-    engine.whole(engine.shard(part))["a"], part["a"]
+    engine.local(engine.shard(part))["a"], part["a"]
   )
 
 

@@ -158,7 +158,7 @@ class Session:
   def __init__(self, run, *, state=None, engine=None):
     self.run, self.engine = run, engine or make_engine()
     self.state = to_host(state or assemble.initial_state(run))
-    self._shards = self.engine.shard(run.shards)
+    self._shards = self.engine.shard(self.engine.own(run.shards))
     self._shared = self.engine.replicate(run.shared)
     self._content = input_pipeline.load_resident(
       run.content, run.shards.items.ids["item"], self.engine, run.config
