@@ -221,7 +221,7 @@ def one_network(c):
 def microlens(c):
   """MicroLens-50k: English titles; the co-like network is derived.
 
-  Tried by hand, on validation alone; where its study is to start.
+  Trial 10, the best one, of tests/results/studies/microlens.journal.
   """
   best(c)
   c.dataset.name = "microlens"
@@ -231,11 +231,11 @@ def microlens(c):
   c.losses.softmax.temperature = 0.12
   c.losses.softmax.shared_negatives = 2048
   c.schedule.decay_rate = 0.6
-  c.weights.user, c.weights.item = 0.3, 0.2
+  c.weights.user, c.weights.item = 0.5, 0.2
   c.weights.user_tie = c.weights.network_tie = 0.12
   c.weights.network_prior = 0.09
   c.weights.category, c.weights.category_prior = 0.1, 1.0
-  c.remedies.networks_in_user = 1.0
+  c.remedies.networks_in_user = 1.9
   c.remedies.history_in_user = 1.0
 
 

@@ -265,7 +265,7 @@ def summary(study) -> str:
 
 def markdown(paths: list[str]) -> str:
   """Sizes of studies, and the best validated metric as they went on."""
-  heads = [*_HEADS, *(f"best after {n}" for n in _AFTER)]
+  heads = [*_HEADS, *(f"best after {n}" for n in _AFTER), "after all"]
   return tabulate.markdown_lines(heads, map(_study_line, paths))
 
 
@@ -284,6 +284,7 @@ def _study_line(path):
     f"{seconds / 3600:.1f}",
     str(len(about["space"])),
     *(f"{curve[n - 1]:.4f}" if n <= len(curve) else "–" for n in _AFTER),
+    f"{curve[-1]:.4f}" if curve else "–",
   ]
 
 

@@ -55,7 +55,9 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(tmp_path):
   line = tune.markdown([str(tmp_path / "whole")]).splitlines()[2]
   assert (tmp_path / "whole").read_bytes() == before
   assert line.split(" | ")[2:4] == ["3 (0)", "0.0"]
-  assert f"{curve[0]:.4f}" in line and line.endswith("– | – | – | – |")
+  assert f"{curve[0]:.4f}" in line and line.endswith(
+    f"– | – | – | – | {curve[-1]:.4f} |"
+  )
   best = whole.best_trial
   text = tune.summary(whole)
   assert f"--config.model.dim={best.params['model.dim']}" in text
