@@ -21,6 +21,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import signal
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -291,7 +292,7 @@ def _train(cell, config, workdir):
     "seed": cell.seed,
     **cell.changes,
   }
-  done = subprocess.run(
+  code = _call(
     [
       sys.executable,
       "-m",
@@ -299,16 +300,25 @@ def _train(cell, config, workdir):
       f"--config={_CONFIGS}/{name}.py{colon}{variants}",
       *(f"--config.{key}={value}" for key, value in changes.items()),
       f"--workdir={workdir}",
-    ],
-    stdout=subprocess.DEVNULL,
+    ]
   )
-  if done.returncode == command.STOPPED:
+  if code == command.STOPPED:
     raise command.Stopped(f"stopped in {cell.line}; the same command continues")
-  if done.returncode:
+  if code:
     raise errors.InputError(
-      f"{cell.line}: its run in {workdir} ended with {done.returncode}; the"
-      " message above says why"
+      f"{cell.line}: its run in {workdir} ended with {code}; the message above"
+      " says why"
     )
+
+
+def _call(command_line) -> int:
+  """Its exit code; if this process is stopped, after it has saved."""
+  process = subprocess.Popen(command_line, stdout=subprocess.DEVNULL)
+  try:
+    return process.wait()
+  except KeyboardInterrupt:  # of which Ctrl-C tells both, a scheduler only one
+    process.send_signal(signal.SIGTERM)
+    return process.wait()
 
 
 def _record(cell, config, workdir):

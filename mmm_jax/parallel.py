@@ -205,7 +205,7 @@ def join(
       f" {coordinator}, {num_processes} and {process_id}"
     )
   _end_when_others_are_lost()
-  # Without devices of one kind, collectives of CPUs need a transport.
+  # What collectives of CPUs travel by; other devices have their own.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     jax.distributed.initialize(
@@ -240,18 +240,18 @@ def _end_when_others_are_lost():
   """Gives the abort by which JAX ends a process a message and a code.
 
   Its client aborts from a thread of its own when a process is lost, while
-  Python may wait in a collective; so no exception can tell of it.
+  Python may wait in a collective; so neither an exception nor one of Python's
+  own signal handlers can tell of it.
   """
-
-  @ctypes.CFUNCTYPE(None, ctypes.c_int)
-  def end(_):
-    os.write(2, _LOST)
-    os._exit(_STOPPED)
-
   library = ctypes.CDLL(None)
   library.signal.restype = ctypes.c_void_p
-  library.signal(int(signal.SIGABRT), end)
-  _end_when_others_are_lost.kept = end  # as long as the process lives
+  library.signal(int(signal.SIGABRT), _end)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _end(_):
+  os.write(2, _LOST)
+  os._exit(_STOPPED)
 
 
 def is_loss(error: Exception) -> bool:

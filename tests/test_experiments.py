@@ -5,12 +5,21 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from mmm_jax import errors, experiments, files, significance, tabulate, tune
+from mmm_jax import (
+  command,
+  errors,
+  experiments,
+  files,
+  significance,
+  tabulate,
+  tune,
+)
 import runs
 
 # --- significance -------------------------------------------------------------
@@ -315,6 +324,24 @@ def test_a_cell_is_run_once_recorded_and_tabled(root):
   write_sweep(root, seed=6)
   stale = call(root, "table")
   assert stale.code == 2 and "another config" in stale.err
+
+
+def test_a_stopped_sweep_lets_its_run_save(root):
+  sweeps = root / "configs" / "sweeps.py"
+  sweeps.write_text(sweeps.read_text().replace('"epochs": 2', '"epochs": 9999'))
+  pipes = {"stderr": subprocess.PIPE, "text": True}
+  sweep = ("mmm_jax.experiments", "run", "--sweep=short")
+  with runs.start(*sweep, cwd=root, **pipes) as process:
+    end = time.monotonic() + 120
+    while not list(root.glob("runs/sweeps/short/*/metrics.jsonl")):
+      assert process.poll() is None and time.monotonic() < end
+      time.sleep(0.05)
+    process.terminate()  # as a scheduler might, without telling its run
+    _, said = process.communicate(timeout=60)
+  assert process.returncode == command.STOPPED
+  assert "stopped in 0 mmm:tiny,pmf" in said
+  saved = [path.name for path in root.glob("runs/*/short/*/checkpoints/*")]
+  assert any(f"stopped at step {step};" in said for step in saved)
 
 
 @pytest.mark.parametrize(
