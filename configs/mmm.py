@@ -282,6 +282,16 @@ def tiktok(c):
   c.weights.category, c.weights.category_prior = 0.2, 2.11
 
 
+def microlens_pmf(c):
+  """`pmf` on MicroLens at the best of its study so far, which goes on.
+
+  Trial 0 of tests/results/studies/microlens_pmf.journal.
+  """
+  microlens(c)
+  pmf(c)
+  c.weights.user = 0.3
+
+
 def hetrec_lastfm_pmf(c):
   """`pmf` on Last.fm at its own best.
 
@@ -349,6 +359,7 @@ VARIANTS = {
     microlens,
     hetrec_lastfm,
     tiktok,
+    microlens_pmf,
     hetrec_lastfm_pmf,
     tiktok_pmf,
     tiny,
