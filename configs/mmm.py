@@ -1,7 +1,7 @@
 """MMM (Ma et al., 2019) and its variants.
 
   python -m mmm_jax.main --config=configs/mmm.py
-  python -m mmm_jax.main --config=configs/mmm.py:con,tiny
+  python -m mmm_jax.main --config=configs/mmm.py:tiny,con
 
 Plain: the full model of Eq. 17 with the paper's defaults (lambda 0.01, Adam
 1e-3 decayed by 0.95 every 1,000 steps, 5 negatives) on the embedded set.
