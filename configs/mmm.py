@@ -286,9 +286,9 @@ def tiktok(c):
 
 
 def microlens_pmf(c):
-  """`pmf` on MicroLens at the best of its study so far, which goes on.
+  """`pmf` on MicroLens: where its own study is to start.
 
-  Trial 0 of tests/results/studies/microlens_pmf.journal.
+  With the priors that MMM's first trials had; not searched yet.
   """
   microlens(c)
   pmf(c)
