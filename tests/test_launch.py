@@ -352,6 +352,7 @@ def test_a_tpu_vm_goes_on_and_is_always_deleted(
   codes, machine, ends, machines, stand_in, tmp_path
 ):
   (tmp_path / "codes").write_text("\n".join(codes.split()))
+  stand_in("git")  # the tree may be a copy, and no checkout
   # Whatever has run last, the machine is there while it is waited for.
   path = stand_in(
     "gcloud",
