@@ -46,11 +46,7 @@ def run(main) -> None:
   except Exception as error:
     if not parallel.is_loss(error):
       raise
-    _exit(
-      "error: another process of this run is gone; the same command with the"
-      f" same --workdir continues ({error})",
-      STOPPED,
-    )
+    _exit(f"{parallel.LOST} ({error})", STOPPED)
 
 
 def _quieten() -> None:

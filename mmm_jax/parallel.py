@@ -34,9 +34,9 @@ REPLICATED, SHARDED, HOST = "replicated", "sharded", "host"
 _PROCESSES = "process"  # axis with one device of every process
 _TRANSPORTS = ("gloo", "nccl", "coordination")  # in messages of their errors
 _MESSAGE = 4096  # bytes of a text that processes send one another
-_LOST = (
-  b"error: another process of this run is gone (see above); the same command"
-  b" with the same --workdir continues\n"
+LOST = (
+  "error: another process of this run is gone; the same command with the same"
+  " --workdir continues"
 )
 _STOPPED = 75  # as command.STOPPED, which is above this module
 
@@ -250,14 +250,15 @@ def _end_when_others_are_lost():
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _end(_):
-  os.write(2, _LOST)
+  os.write(2, f"{LOST} (see above)\n".encode())
   os._exit(_STOPPED)
 
 
 def is_loss(error: Exception) -> bool:
   """Whether an exception is of a collective that lost a process."""
   text = str(error).lower()
-  return jax.process_count() > 1 and any(name in text for name in _TRANSPORTS)
+  # Last, as it starts JAX where an error came before anything needed it.
+  return any(name in text for name in _TRANSPORTS) and jax.process_count() > 1
 
 
 def any_process(flags: Sequence[bool]) -> list[bool]:
