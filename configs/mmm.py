@@ -292,7 +292,6 @@ def microlens_pmf(c):
   """
   microlens(c)
   pmf(c)
-  c.epochs = 60
   c.weights.user = 0.3
 
 
