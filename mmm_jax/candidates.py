@@ -14,6 +14,7 @@ and memory that do not depend on N.
 """
 
 from collections.abc import Iterator
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmm_jax import sampling
+from mmm_jax.datasets import networks
 
 PARTS = {"train": 0, "valid": 1, "test": 2}
 # Items of a list, the relevant ones included; `sampled_100` has a list a test
@@ -32,8 +34,12 @@ SIZES = {"pooled_1024": 1024, "sampled_100": 101}
 _FEISTEL_ROUNDS = 6
 
 
-class Interactions(NamedTuple):
-  """Host arrays; `part` holds the values of PARTS, or -1 for left-out pairs."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interactions:
+  """Host arrays; `part` holds the values of PARTS, or -1 for left-out pairs.
+
+  Never changed: what is derived from one is kept (`items_of_users`).
+  """
 
   user: np.ndarray  # [E] int
   item: np.ndarray  # [E] int
@@ -61,16 +67,24 @@ class Lists(NamedTuple):
   num_relevant: np.ndarray  # [B] int32
 
 
-def items_of_users(interactions: Interactions, parts) -> Csr:
+@functools.lru_cache(maxsize=8)
+def items_of_users(
+  interactions: Interactions, parts: tuple[str, ...] | None
+) -> Csr:
   """Items of every user (rows 0..M-1) in the named parts; `None` is all."""
-  user, item, part, num_users, num_items = interactions
+  user, item = interactions.user, interactions.item
   if parts is not None:
-    chosen = np.isin(part, [PARTS[name] for name in parts])
+    chosen = in_parts(interactions, parts)
     user, item = user[chosen], item[chosen]
-  pairs = np.unique(user.astype(np.int64) * num_items + item)
-  user, item = np.divmod(pairs, num_items)
-  indptr = np.searchsorted(user, np.arange(num_users + 1))
-  return Csr(indptr.astype(np.int64), item.astype(np.int32))
+  size = {"rows": interactions.num_users, "columns": interactions.num_items}
+  return Csr(*networks.compressed(user, item, **size))
+
+
+def in_parts(interactions: Interactions, parts) -> np.ndarray:
+  """Which interactions are in the named parts, [E] bool."""
+  wanted = np.zeros(len(PARTS) + 1, bool)  # the last one: in no part
+  wanted[[PARTS[name] for name in parts]] = True
+  return wanted[interactions.part]
 
 
 def entries(csr: Csr, rows: np.ndarray):
@@ -95,7 +109,7 @@ def lists(interactions: Interactions, *, protocol: str, part: str):
   One list for each user with an item in the part, users ascending; for
   `sampled_100` one for each of these items.
   """
-  relevant = items_of_users(interactions, [part])
+  relevant = items_of_users(interactions, (part,))
   users = np.flatnonzero(relevant.counts).astype(np.int32)
   if protocol == "sampled_100":
     user = np.repeat(users, relevant.counts[users])

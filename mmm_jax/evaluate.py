@@ -7,6 +7,7 @@ Legend: N items, k the longest list, n lists, C candidates of a list.
 and one path from lists to metrics.
 """
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ KNOWN = {"valid": ("train",), "test": ("train", "valid")}
 # Upper ends of the first two strata, in training interactions.
 USER_STRATA = (5, 20)
 ITEM_STRATA = (2, 10)
+_MARKED_ROWS = 256  # lists whose relevant items are marked at a time
 _TABLE_KEYS = ("user", "protocol", "part")
 
 
@@ -129,12 +131,18 @@ def _ranked(scorer, interactions, *, protocol, part, k, seed, **tiling):
 
 def _found(items, relevant: candidates.Csr):
   """Which of the ranked items [n, k] are relevant to their list."""
-  base = int(max(items.max(initial=0), relevant.indices.max(initial=0))) + 2
-  row = np.arange(len(items), dtype=np.int64)
-  wanted = np.repeat(row, relevant.counts) * base + relevant.indices + 1
-  ranked = row[:, None] * base + items + 1
-  at = np.searchsorted(wanted, ranked)
-  return np.append(wanted, -1)[at] == ranked
+  largest = max(items.max(initial=0), relevant.indices.max(initial=0))
+  # One column behind all items: for the places of short lists, which hold -1.
+  marked = np.zeros((_MARKED_ROWS, largest + 2), bool)
+  hits = np.empty(items.shape, bool)
+  for first in range(0, len(items), _MARKED_ROWS):
+    block = items[first : first + _MARKED_ROWS]
+    rows = np.arange(first, first + len(block))
+    row, _, item = candidates.entries(relevant, rows)
+    marked[row, item] = True
+    hits[rows] = np.take_along_axis(marked[: len(block)], block, axis=1)
+    marked[row, item] = False
+  return hits
 
 
 def _per_user(ranked: Ranked, names, cutoffs, *, stratum=None):
@@ -149,7 +157,8 @@ def _per_user(ranked: Ranked, names, cutoffs, *, stratum=None):
     hits, wanted = hits & stratum[ranked.items], stratum[relevant.indices]
   count = np.diff(np.append(0, wanted.cumsum())[relevant.indptr])
   values = metrics.at_cutoffs(hits, count, names=names, cutoffs=cutoffs)
-  users, first = np.unique(ranked.user, return_index=True)
+  first = np.flatnonzero(np.diff(ranked.user, prepend=-1))
+  users = ranked.user[first]
   if len(users) == len(ranked.user):
     return users, values
   defined = np.add.reduceat((count > 0).astype(float), first)
@@ -221,9 +230,10 @@ def _strata(counts, ends):
   yield f">{high}", counts > high
 
 
+@functools.lru_cache(maxsize=8)
 def _training_counts(interactions: Interactions, side: str):
   """Training interactions of each `user` or `item`."""
-  train = interactions.part == candidates.PARTS["train"]
+  train = candidates.in_parts(interactions, ("train",))
   num_ids = getattr(interactions, f"num_{side}s")
   return np.bincount(getattr(interactions, side)[train], minlength=num_ids)
 

@@ -22,6 +22,7 @@ from mmm_jax import candidates, parallel
 # Scoring a gathered pair takes about as long as scoring this many pairs of a
 # tile (dot products of 64 dimensions, 2 CPU cores).
 _PAIR_COST = 100
+_GROUP = 32  # scores of which _largest_of_groups looks at the largest first
 
 
 class Scorer(NamedTuple):
@@ -228,7 +229,7 @@ def _top_k(scores, item, users, seed, *, k):
   if scores.shape[1] <= k:
     return scores, item
   # Unless the barrier hides the slices below, XLA sorts whole rows for them.
-  best, at = lax.optimization_barrier(lax.top_k(scores, k + 1))
+  best, at = lax.optimization_barrier(_largest(scores, k + 1))
   kth = best[:, k - 1 : k]
   tied = (best[:, k:] == kth) & (kth > -jnp.inf)
 
@@ -239,6 +240,35 @@ def _top_k(scores, item, users, seed, *, k):
   at = lax.cond(tied.any(), by_key, lambda: at[:, :k])
   pick = functools.partial(jnp.take_along_axis, indices=at, axis=1)
   return pick(scores), pick(item)
+
+
+def _largest(scores, k):
+  """lax.top_k, by the way that is fast on the device."""
+  return lax.platform_dependent(
+    scores,
+    cpu=lambda scores: tuple(lax.top_k(scores, k)),
+    default=lambda scores: _largest_of_groups(scores, k),
+  )
+
+
+def _largest_of_groups(scores, k):
+  """lax.top_k, first among the largest of every group.
+
+  On a GPU, top_k takes 7 times as long as this for 41 of 26,744. None of the k
+  largest values is missed: if its group is not among the k best, these hold k
+  values at least as large. Among equal values any may be taken.
+  """
+  rows, size = scores.shape
+  if size <= k * _GROUP:
+    return tuple(lax.top_k(scores, k))
+  padding = (0, 0), (0, -size % _GROUP)
+  padded = jnp.pad(scores, padding, constant_values=-jnp.inf)
+  groups = padded.reshape(rows, -1, _GROUP)
+  _, group = lax.top_k(groups.max(-1), k)
+  chosen = jnp.take_along_axis(groups, group[..., None], axis=1)
+  best, at = lax.top_k(chosen.reshape(rows, -1), k)
+  group = jnp.take_along_axis(group, at // _GROUP, axis=1)
+  return best, jnp.minimum(group * _GROUP + at % _GROUP, size - 1)
 
 
 def _in_order(scores, item, users, seed):

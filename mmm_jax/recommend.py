@@ -113,7 +113,8 @@ def choose_users(run: assemble.Run, wanted: str) -> np.ndarray:
     errors.InputError: an id that the run does not know.
   """
   if wanted == "all":
-    return np.unique(run.interactions.user[run.interactions.part >= 0])
+    every = candidates.in_parts(run.interactions, candidates.PARTS)
+    return np.flatnonzero(np.bincount(run.interactions.user[every]))
   known = {raw: user for user, raw in enumerate(run.dataset.users)}
   users = []
   for raw in filter(None, map(str.strip, wanted.split(","))):

@@ -94,6 +94,40 @@ def test_rank_is_brute_force_with_any_tile_and_ties(levels, block, tile):
   np.testing.assert_array_equal(values, scores[users[:, None], expected])
 
 
+@pytest.mark.parametrize("levels", [2, 10**6])
+def test_the_way_of_gpus_to_the_largest_is_brute_force(levels, monkeypatch):
+  monkeypatch.setattr(ranking, "_largest", ranking._largest_of_groups)
+  size = 50 * ranking._GROUP + 5  # no whole number of groups
+  interactions = make_interactions(6, size, 8)
+  scores = np.random.default_rng(levels).integers(0, levels, (6, size))
+  scores = scores.astype(np.float32)
+  exclude = candidates.items_of_users(interactions, ("train", "valid"))
+  users = np.arange(6)
+  items, _ = evaluate.rank(
+    table_scorer(scores),
+    users,
+    *exclude,
+    num_items=size,
+    k=7,
+    seed=4,
+    user_block=6,
+    item_tile=size,
+  )
+  expected = brute_force(scores, users, exclude, 7, 4)
+  np.testing.assert_array_equal(items, expected)
+
+
+def test_groups_miss_none_of_the_largest():
+  rng = np.random.default_rng(0)
+  scores = rng.normal(size=(4, 900)).astype(np.float32)
+  scores[1, :32] += 10  # all of the best in one group
+  scores[2] = -np.inf
+  scores[2, 5::100] = 1  # fewer than are asked for
+  best, at = ranking._largest_of_groups(scores, 20)
+  np.testing.assert_array_equal(best, -np.sort(-scores, 1)[:, :20])
+  np.testing.assert_array_equal(np.take_along_axis(scores, at, 1), best)
+
+
 def test_minus_zero_ties_with_zero():
   scores = np.zeros((1, 50), np.float32)
   scores[:, ::2] = -0.0
@@ -313,8 +347,11 @@ def test_candidates_depend_on_seed_and_split_only(protocol):
   np.testing.assert_array_equal(first, drawn(interactions, protocol, 1, 50))
   assert (first != drawn(interactions, protocol, 2, 50)).any()
   order = np.random.default_rng(0).permutation(len(interactions.user))
-  shuffled = evaluate.Interactions(
-    *(column[order] for column in interactions[:3]), *interactions[3:]
+  shuffled = dataclasses.replace(
+    interactions,
+    user=interactions.user[order],
+    item=interactions.item[order],
+    part=interactions.part[order],
   )
   np.testing.assert_array_equal(first, drawn(shuffled, protocol, 1, 50))
 

@@ -282,8 +282,8 @@ def _frequent(ids, keep, size):
 
 def _counts(user, item):
   return {
-    "users": len(np.unique(user)),
-    "items": len(np.unique(item)),
+    "users": int(np.count_nonzero(np.bincount(user))),
+    "items": int(np.count_nonzero(np.bincount(item))),
     "interactions": len(user),
   }
 
@@ -336,7 +336,8 @@ def _strings(values):
 
 def _dense(ids, total, filtered):
   """Raw positions that stay, ascending, and raw -> dense (-1 = dropped)."""
-  kept = np.unique(ids) if filtered else np.arange(total)
+  used = np.bincount(ids, minlength=total) > 0
+  kept = np.flatnonzero(used) if filtered else np.arange(total)
   dense = np.full(total, -1, np.int32)
   dense[kept] = np.arange(len(kept), dtype=np.int32)
   return kept, dense
