@@ -390,11 +390,25 @@ def test_the_readme_has_the_tables_of_the_records(monkeypatch):
     assert rest.partition("<!-- end -->")[0].strip() == table
 
 
-def test_the_readme_has_the_measured_speed():
-  script = runs.ROOT / "tests" / "benchmarks" / "speed.py"
-  flag = f"--table={runs.ROOT}/tests/results/speed.json"
-  table = subprocess.check_output(
+def printed_by(benchmark):
+  """What a script in tests/benchmarks makes of its file of results."""
+  script = runs.ROOT / "tests" / "benchmarks" / f"{benchmark}.py"
+  flag = f"--table={runs.ROOT}/tests/results/{benchmark}.json"
+  return subprocess.check_output(
     [sys.executable, script, flag], text=True, env=runs.environment()
   )
+
+
+def test_the_readme_has_the_measured_speed():
+  table = printed_by("speed")
   assert len(table) > 1000
   assert table in (runs.ROOT / "README.md").read_text()
+
+
+def test_the_page_on_launching_has_the_figures_of_scale():
+  page = (runs.ROOT / "launch" / "README.md").read_text()
+  printed = printed_by("scale")
+  blocks = printed.split("<!-- scale: ")[1:]
+  assert len(blocks) == page.count("<!-- scale: ") == 6
+  for block in blocks:
+    assert f"<!-- scale: {block.strip()}" in page

@@ -58,7 +58,7 @@ PAPER_SIZES = (10**6, 10**7, 10**8)
 PAPER_DEVICES = (1, 8, 64, 256)
 CHECKED_SIZES = (10**4, 10**5, 10**6)
 CHECKED = {"pmf": (1, 2, 4, 8), "full": (1, 8), "best": (8,)}
-MOMENTS_SIZE = 10**5
+MOMENTS_SIZE = 10**4
 
 
 class Chip(NamedTuple):
