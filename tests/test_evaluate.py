@@ -1,5 +1,7 @@
 """Ranking against brute force, chance, and the promises about candidates."""
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -486,7 +488,7 @@ def test_a_part_that_nobody_has_is_left_out():
   train = np.zeros_like(interactions.part)
   result, table = evaluate.evaluate(
     constant_scorer(interactions),
-    interactions._replace(part=train),
+    dataclasses.replace(interactions, part=train),
     **ALL,
     **EVAL,
   )
