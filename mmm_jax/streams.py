@@ -170,7 +170,7 @@ def build(
     users=deal(user=np.arange(num_users)),
   )
   shared = Shared(
-    seen=sampling.Adjacency(indptr.astype(np.int32), seen.indices),
+    seen=_adjacency(seen.indptr, seen.indices),
     history=_shuffled(seen, config.seed),
     networks={
       name: _shuffled(network, config.seed)
@@ -261,7 +261,23 @@ def _shuffled(network, seed) -> sampling.Adjacency:
   # A network of nobody has an entry, too, that nobody owns: a gather from an
   # empty array is an error.
   indices = indices if indices.size else np.zeros(1, np.int32)
-  return sampling.Adjacency(network.indptr.astype(np.int32), indices)
+  return _adjacency(network.indptr, indices)
+
+
+def _adjacency(indptr, indices) -> sampling.Adjacency:
+  """Lists for a device, where 64-bit integers are off.
+
+  Raises:
+    errors.InputError: more entries than 32 bits can number.
+  """
+  most = np.iinfo(np.int32).max
+  if indptr[-1] > most:
+    raise errors.InputError(
+      f"lists of items or neighbours have {indptr[-1]:,} entries; a device can"
+      f" number {most:,}. Give fewer interactions, or for co_like a smaller"
+      " network.co_like_degree"
+    )
+  return sampling.Adjacency(indptr.astype(np.int32), indices)
 
 
 def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes, seed: int) -> Plan:

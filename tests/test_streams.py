@@ -261,3 +261,9 @@ def test_a_star_means_all_there_is():
 def test_what_is_named_and_absent_lists_what_is_present(key, told):
   with pytest.raises(errors.InputError, match=told):
     choose(**{key: "sound"})
+
+
+def test_lists_too_long_for_32_bits_are_refused():
+  indptr = np.array([0, 5, 2**31])
+  with pytest.raises(errors.InputError, match="2,147,483,648 entries"):
+    streams._adjacency(indptr, np.zeros(1, np.int32))
