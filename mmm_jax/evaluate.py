@@ -115,7 +115,7 @@ def _ranked(scorer, interactions, *, protocol, part, k, seed, **tiling):
       protocol=protocol,
       part=part,
       seed=seed,
-      block=tiling["user_block"],
+      block=tiling["user_block"] * scorer.engine.num_devices,
     )
     items, digest = ranking.rank_lists(
       scorer,

@@ -168,6 +168,16 @@ def make_engine(config) -> Engine:
   return Engine(tuple(present[:wanted]), by_pmap)
 
 
+def make_own_engine(config) -> Engine:
+  """This process's part of a run's devices, for work without reductions.
+
+  By `shard_map`, whose results are arrays like any other. Takes the devices
+  there are: a run's lists may be asked for on a smaller machine.
+  """
+  devices = jax.local_devices()[: config.parallel.devices or None]
+  return Engine(tuple(devices), by_pmap=False)
+
+
 # --- processes ---------------------------------------------------------------
 
 

@@ -1,10 +1,11 @@
 """Top-k of any scorer, tile by tile on the device, ties at random.
 
 Legend: B users of a block, T items of a tile, N items, k length of a list,
-C candidates of a list, n lists.
+C candidates of a list, n lists, D devices of this process.
 
 Scores exist for one tile of B x T at a time, or for the candidates of a block:
-memory beyond the item table does not depend on N.
+memory beyond the item table does not depend on N. Every device holds all items
+and ranks blocks of its own: D blocks at a time, in which processes take turns.
 """
 
 from collections.abc import Callable
@@ -33,9 +34,10 @@ class Scorer(NamedTuple):
   An item scored -inf is never recommended; NaN and inf are errors.
   """
 
-  users: Callable  # ids [B] int32 -> pytree of arrays [B, ...]
-  items: Any  # pytree of arrays [N, ...] on the device
+  users: Callable  # ids [D * B] int32 -> pytree of arrays [D * B, ...]
+  items: Any  # pytree of arrays [N, ...], whole on each device
   score: Callable  # (users' pytree, pytree of T items) -> [B, T] float32
+  engine: parallel.Engine  # the devices of this process that rank
 
 
 def rank(
@@ -53,7 +55,7 @@ def rank(
   """The k best items of each user among those not excluded, best first.
 
   Equal scores fall in an order that is random in (user, item, seed) and the
-  same for every block and tile size.
+  same for every block and tile size and for any number of devices.
 
   Args:
     scorer: the model.
@@ -62,7 +64,7 @@ def rank(
     num_items: N, the leading axis of `scorer.items`.
     k: length of a list.
     seed: of the order of equal scores.
-    user_block, item_tile: scores on the device at a time.
+    user_block, item_tile: scores on a device at a time.
 
   Returns:
     items [n, k] int32 and scores [n, k] float32; -1 and -inf where fewer than
@@ -72,22 +74,28 @@ def rank(
   """
   users = np.asarray(users, np.int32)
   exclude = candidates.Csr(exclude_indptr, exclude_indices)
-  rows = list(candidates.row_blocks(len(users), user_block))
+  at_once = user_block * scorer.engine.num_devices
+  rows = list(candidates.row_blocks(len(users), at_once))
   # One width for all blocks, so that one compilation serves them all.
-  width = max((exclude.counts[users[row]].sum() for row in rows), default=0)
+  counts = [exclude.counts[users[row]] for row in rows]
+  width = max(
+    (c.reshape(-1, user_block).sum(1).max() for c in counts), default=0
+  )
   width = 1 << int(width).bit_length()
   blocks = {}
   for number, row in enumerate(rows):
     if not _is_mine(number):
       continue
-    block = users[row]
-    blocks[number * user_block] = _rank_block(
-      _as_pytree(scorer.score),
-      scorer.users(jnp.asarray(block)),
-      scorer.items,
-      block,
-      *_excluded_pairs(exclude, block, width=width, num_items=num_items),
-      np.uint32(seed),
+    pairs = [
+      _excluded_pairs(exclude, block, width=width, num_items=num_items)
+      for block in users[row].reshape(-1, user_block)
+    ]
+    blocks[number * at_once] = _on_devices(
+      _rank_block,
+      scorer,
+      users[row],
+      *np.concatenate(pairs, axis=1),
+      seed=seed,
       num_items=num_items,
       k=k,
       tile=min(item_tile, num_items),
@@ -96,7 +104,10 @@ def rank(
 
 
 def rank_lists(scorer, user, blocks, *, num_items, k, seed, item_tile):
-  """The k best of each candidate list, and the hash of all lists."""
+  """The k best of each candidate list, and the hash of all lists.
+
+  Takes the lists in blocks of a multiple of D.
+  """
   digest = hashlib.sha256()
   first, tops = 0, {}
   for number, block in enumerate(blocks):
@@ -105,19 +116,48 @@ def rank_lists(scorer, user, blocks, *, num_items, k, seed, item_tile):
     at, first = first, first + len(lists)
     if not _is_mine(number):
       continue
-    tops[at] = _rank_lists_block(
-      _as_pytree(scorer.score),
-      scorer.users(jnp.asarray(block.user)),
-      scorer.items,
+    tops[at] = _on_devices(
+      _rank_lists_block,
+      scorer,
       block.user,
       block.items,
-      np.uint32(seed),
+      seed=seed,
       num_items=num_items,
       k=k,
       tile=min(item_tile, num_items),
     )
   items, _ = _gathered(tops, user, k)
   return items, digest.hexdigest()
+
+
+def _on_devices(function, scorer, users, *block, seed, **sizes):
+  """Lists of the D blocks of `users` [D * B], one on each device.
+
+  Args:
+    function: ranks one block, of (score, u, items, users, *block, seed).
+    scorer: the model.
+    users: dense ids, block behind block.
+    *block: arrays like it, of which each device gets a D-th.
+    seed: of the order of equal scores.
+    **sizes: static arguments of `function`.
+  """
+  ranked = _mapped(function, scorer.engine, len(block), **sizes)
+  return ranked(
+    _as_pytree(scorer.score),
+    scorer.users(users),
+    scorer.items,
+    users,
+    *block,
+    np.uint32(seed),
+  )
+
+
+@functools.cache
+def _mapped(function, engine, num_arrays, **sizes):
+  """`function` for all devices; kept, since it is compiled once an object."""
+  whole, part = parallel.REPLICATED, parallel.SHARDED
+  inputs = (whole, part, whole, part, *[part] * num_arrays, whole)
+  return engine.map(functools.partial(function, **sizes), inputs, part)
 
 
 @functools.partial(jax.jit, static_argnames=("num_items", "k", "tile"))
@@ -228,8 +268,9 @@ def _top_k(scores, item, users, seed, *, k):
   item = jnp.broadcast_to(item, scores.shape)
   if scores.shape[1] <= k:
     return scores, item
-  # Unless the barrier hides the slices below, XLA sorts whole rows for them.
-  best, at = lax.optimization_barrier(_largest(scores, k + 1))
+  # Unless barriers hide the slices below, XLA sorts whole rows for them. One
+  # for both aborts the compiler where the program is for several CPUs.
+  best, at = map(lax.optimization_barrier, _largest(scores, k + 1))
   kth = best[:, k - 1 : k]
   tied = (best[:, k:] == kth) & (kth > -jnp.inf)
 

@@ -13,8 +13,6 @@ import json
 import pathlib
 
 from absl import flags
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pyarrow as pa
@@ -29,6 +27,7 @@ from mmm_jax import (
   evaluate,
   files,
   manifest,
+  parallel,
   scoring,
 )
 
@@ -182,11 +181,18 @@ def _shares(run, best, scorer, users, items):
   parts = run.model.apply(
     {"params": best.params}, best.rows, best.categories, method="item_parts"
   )
-  compute = jax.jit(functools.partial(_block_shares, run.model))
+  engine = scorer.engine
+  whole, part = parallel.REPLICATED, parallel.SHARDED
+  compute = engine.map(
+    functools.partial(_block_shares, run.model),
+    (part, whole, whole, part),
+    part,
+  )
+  parts = engine.replicate(parts)
+  at_once = run.config.eval.user_block * engine.num_devices
   blocks = []
-  for rows in candidates.row_blocks(len(users), run.config.eval.user_block):
-    vectors = scorer.users(jnp.asarray(users[rows]))
-    blocks.append(compute(vectors, *parts, jnp.asarray(items[rows])))
+  for rows in candidates.row_blocks(len(users), at_once):
+    blocks.append(compute(scorer.users(users[rows]), *parts, items[rows]))
   gathered = [np.concatenate(part)[: len(users)] for part in zip(*blocks)]
   return gathered if gathered else (items * 0.0, items * 0.0)
 

@@ -5,10 +5,9 @@ from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mmm_jax import assemble, evaluate, update
+from mmm_jax import assemble, evaluate, parallel, update
 
 
 @flax.struct.dataclass
@@ -23,14 +22,21 @@ class Best:
   evaluations_since: np.ndarray
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _user_vectors(model, params, rows, shared, user):
-  return model.apply({"params": params}, rows, user, shared, method="users")
+@functools.cache
+def _vectors(model, engine):
+  """Functions that give a part of the users, and all items on each device."""
 
+  def users(params, rows, shared, user):
+    return model.apply({"params": params}, rows, user, shared, method="users")
 
-@functools.partial(jax.jit, static_argnums=0)
-def _item_vectors(model, params, rows, categories):
-  return model.apply({"params": params}, rows, categories, method="items")
+  def items(params, rows, categories):
+    return model.apply({"params": params}, rows, categories, method="items")
+
+  whole, part = parallel.REPLICATED, parallel.SHARDED
+  return (
+    engine.map(users, (whole, whole, whole, part), part),
+    engine.map(items, (whole, whole, whole), whole),
+  )
 
 
 @functools.cache
@@ -39,7 +45,7 @@ def _score_function(model):
 
 
 def make_scorer(run: assemble.Run, params, rows, categories) -> evaluate.Scorer:
-  """The evaluator's view of parameters on one device.
+  """The evaluator's view of parameters, on the devices of this process.
 
   Args:
     run: the run.
@@ -47,14 +53,18 @@ def make_scorer(run: assemble.Run, params, rows, categories) -> evaluate.Scorer:
     rows: {table: [R, d]}.
     categories: the model's.
   """
-  params, rows, categories = jax.device_put((params, rows, categories))
+  engine = parallel.make_own_engine(run.config)
+  users, items = _vectors(run.model, engine)
   # Without what only training reads: this is uploaded at every validation.
   shared = run.shared._replace(seen=None, present={})
-  shared = jax.tree.map(jnp.asarray, shared)
+  params, rows, categories, shared = engine.replicate(
+    (params, rows, categories, shared)
+  )
   return evaluate.Scorer(
-    users=lambda user: _user_vectors(run.model, params, rows, shared, user),
-    items=_item_vectors(run.model, params, rows, categories),
+    users=functools.partial(users, params, rows, shared),
+    items=items(params, rows, categories),
     score=_score_function(run.model),
+    engine=engine,
   )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mmm_jax import candidates, errors, evaluate, metrics, ranking
+import toy
 
 EVAL = dict(cutoffs=(5, 10), seed=0, user_block=16, item_tile=64)
 ALL = dict(parts=("valid", "test"), protocols=evaluate.PROTOCOLS)
@@ -36,6 +37,7 @@ def table_scorer(scores):
     users=lambda ids: scores[ids],
     items=jnp.arange(scores.shape[1]),
     score=_look_up,
+    engine=toy.make_engine(),
   )
 
 
@@ -181,6 +183,7 @@ def test_any_pytree_and_parametrised_score():
     users=lambda ids: {"u": jnp.float32(u)[ids]},
     items=tables,
     score=jax.tree_util.Partial(score, jnp.float32(2)),
+    engine=toy.make_engine(),
   )
   nobody = candidates.Csr(np.zeros(10, np.int64), np.zeros(0, np.int32))
   items, scores = evaluate.rank(
@@ -461,6 +464,7 @@ def test_lists_are_ranked_as_brute_force_on_both_paths(
 ):
   monkeypatch.setattr(ranking, "_PAIR_COST", pair_cost)
   ranking._rank_lists_block.clear_cache()
+  ranking._mapped.cache_clear()
   interactions = make_interactions(11, 150, 10)
   scores = random_scores(interactions, 0).round(1).astype(np.float32)
   user, _ = candidates.lists(interactions, protocol=protocol, part="test")

@@ -69,7 +69,8 @@ def categories(name):
 
 def scorer():
   """The ranking of a block of users against all items."""
-  run = toy.make_run(toy.get_config("full"), toy.random_data(40, 60))
+  config = toy.get_config("full", parallel__devices=1)
+  run = toy.make_run(config, toy.random_data(40, 60))
   best = scoring.snapshot(toy.Session(run).state, -np.inf)
   made = scoring.make_scorer(run, best.params, best.rows, best.categories)
   users = np.arange(8, dtype=np.int32)

@@ -20,7 +20,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mmm_jax import evaluate
+from mmm_jax import evaluate, parallel
 
 DIMENSION = 64
 NUM_USERS = 512
@@ -57,7 +57,8 @@ def measure(num_items: int) -> dict:
   table = jax.random.normal(jax.random.key(0), (num_items, DIMENSION))
   users = jax.random.normal(jax.random.key(1), (NUM_USERS, DIMENSION))
   jax.block_until_ready((table, users))
-  scorer = evaluate.Scorer(lambda ids: users[ids], table, score)
+  engine = parallel.Engine(tuple(jax.devices()[:1]), by_pmap=False)
+  scorer = evaluate.Scorer(lambda ids: users[ids], table, score, engine)
   before = reset_peak()
   start = time.perf_counter()
   evaluate.rank(
