@@ -14,9 +14,11 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from typing import NamedTuple
 
@@ -89,6 +91,66 @@ def run(module: str, *arguments, cwd=None) -> Done:
     finally:
       process.kill()
   return Done(process.returncode, out, err)
+
+
+def start_together(
+  folder, *arguments, processes=1, devices=1
+) -> list[subprocess.Popen]:
+  """Starts all processes of a run in `folder`.
+
+  What each of them says goes to a file beside it, see `said`.
+  """
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  started = []
+  for number in range(processes):
+    together = (
+      f"--coordinator={address}",
+      f"--num_processes={processes}",
+      f"--process_id={number}",
+    )
+    with open(f"{folder}.{number}", "a") as file:
+      started.append(
+        start(
+          "mmm_jax.main",
+          f"--workdir={folder}",
+          *arguments,
+          *(together if processes > 1 else ()),
+          devices=devices,
+          stdout=file,
+          stderr=file,
+        )
+      )
+  return started
+
+
+def said(folder, number) -> str:
+  """What a process of `start_together` has said."""
+  return (folder.parent / f"{folder.name}.{number}").read_text()
+
+
+def codes(processes, *, patience_s) -> list[int]:
+  """How processes end; none is left when this returns or raises."""
+  try:
+    return [process.wait(patience_s) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+
+
+def rows(folder) -> list[dict]:
+  """What a run has logged so far."""
+  path = folder / "metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def wait_for_rows(folder, count, *, patience_s) -> None:
+  end = time.monotonic() + patience_s
+  while len(rows(folder)) < count:
+    assert time.monotonic() < end, "nothing is trained"
+    time.sleep(0.05)
 
 
 def environment() -> dict[str, str]:

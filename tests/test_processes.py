@@ -1,9 +1,9 @@
 """Several processes are one run: the same numbers, one writer, no hanging."""
 
 import fcntl
+import functools
 import json
 import signal
-import socket
 import time
 
 import numpy as np
@@ -17,54 +17,19 @@ LOST = "another process of this run is gone"
 
 
 def start(folder, *arguments, processes=2, devices=1):
-  """All processes of a run; what each says goes to a file beside it."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
-  started = []
-  for number in range(processes):
-    with open(f"{folder}.{number}", "a") as file:
-      started.append(
-        runs.start(
-          "mmm_jax.main",
-          f"{runs.CONFIG}:tiny",
-          *runs.SHORT,
-          f"--workdir={folder}",
-          f"--coordinator={address}",
-          f"--num_processes={processes}",
-          f"--process_id={number}",
-          *arguments,
-          devices=devices,
-          stdout=file,
-          stderr=file,
-        )
-      )
-  return started
+  """All processes of a short run."""
+  return runs.start_together(
+    folder,
+    f"{runs.CONFIG}:tiny",
+    *runs.SHORT,
+    *arguments,
+    processes=processes,
+    devices=devices,
+  )
 
 
-def codes(processes):
-  try:
-    return [process.wait(_PATIENCE_S) for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-
-
-def said(folder, number):
-  return (folder.parent / f"{folder.name}.{number}").read_text()
-
-
-def rows(folder):
-  path = folder / "metrics.jsonl"
-  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-  return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def wait_for_rows(folder, count):
-  end = time.monotonic() + _PATIENCE_S
-  while len(rows(folder)) < count:
-    assert time.monotonic() < end, "nothing is trained"
-    time.sleep(0.05)
+codes = functools.partial(runs.codes, patience_s=_PATIENCE_S)
+wait_for_rows = functools.partial(runs.wait_for_rows, patience_s=_PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +44,7 @@ def alone(tmp_path_factory):
 
 
 def assert_same_run(folder, other):
-  found, wanted = rows(folder), rows(other)
+  found, wanted = runs.rows(folder), runs.rows(other)
   assert [row["step"] for row in found] == [row["step"] for row in wanted]
   np.testing.assert_allclose(
     [row["loss"] for row in found],
@@ -100,8 +65,10 @@ def test_two_processes_of_two_devices_are_one(alone):
   assert codes(start(folder, devices=2)) == [command.OK, command.OK]
   assert_same_run(folder, alone)
   # The first one alone says and writes what there is to say.
-  assert "pooled_1024" in said(folder, 0)
-  own = [x for x in said(folder, 1).splitlines() if not x.startswith("[Gloo]")]
+  assert "pooled_1024" in runs.said(folder, 0)
+  own = [
+    x for x in runs.said(folder, 1).splitlines() if not x.startswith("[Gloo]")
+  ]
   assert not own
   names = lambda run: {path.name for path in run.iterdir()}
   assert names(folder) == names(alone)
@@ -117,23 +84,16 @@ def test_a_run_survives_its_processes(alone):
   killed_at = time.monotonic()
   assert codes([first, second]) == [command.STOPPED, -signal.SIGKILL]
   assert time.monotonic() - killed_at < 30
-  assert LOST in said(folder, 0)
+  assert LOST in runs.said(folder, 0)
 
   started = start(folder, patience, devices=2)
   wait_for_rows(folder, 3)
   started[1].send_signal(signal.SIGTERM)  # and not the first
   assert codes(started) == [command.STOPPED] * 2
-  assert "the same command continues" in said(folder, 0)
+  assert "the same command continues" in runs.said(folder, 0)
 
-  last = runs.start(
-    "mmm_jax.main",
-    f"{runs.CONFIG}:tiny",
-    *runs.SHORT,
-    patience,
-    f"--workdir={folder}",
-    devices=8,
-  )
-  assert codes([last]) == [command.OK]
+  last = start(folder, patience, processes=1, devices=8)
+  assert codes(last) == [command.OK]
   assert_same_run(folder, alone)
 
 
@@ -144,7 +104,7 @@ def test_the_first_process_speaks_for_all(tmp_path):
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert codes(start(folder)) == [command.BAD_INPUT] * 2
   for number in range(2):
-    assert "another process is working in" in said(folder, number)
+    assert "another process is working in" in runs.said(folder, number)
 
 
 @pytest.mark.parametrize("process_id", [0, 1])
@@ -152,7 +112,7 @@ def test_a_process_whose_others_never_come_gives_up(tmp_path, process_id):
   started = start(tmp_path / "alone", "--config.parallel.timeout_s=3")
   started[1 - process_id].kill()
   assert codes(started)[process_id] == command.STOPPED
-  assert "error: " in said(tmp_path / "alone", process_id)
+  assert "error: " in runs.said(tmp_path / "alone", process_id)
 
 
 def test_flags_that_say_too_little_are_explained():
