@@ -77,11 +77,10 @@ def rank(
   at_once = user_block * scorer.engine.num_devices
   rows = list(candidates.row_blocks(len(users), at_once))
   # One width for all blocks, so that one compilation serves them all.
-  counts = [exclude.counts[users[row]] for row in rows]
-  width = max(
-    (c.reshape(-1, user_block).sum(1).max() for c in counts), default=0
-  )
-  width = 1 << int(width).bit_length()
+  counts = [
+    exclude.counts[users[row]].reshape(-1, user_block).sum(1) for row in rows
+  ]
+  width = 1 << int(np.max(counts, initial=0)).bit_length()
   blocks = {}
   for number, row in enumerate(rows):
     if not _is_mine(number):
@@ -106,7 +105,7 @@ def rank(
 def rank_lists(scorer, user, blocks, *, num_items, k, seed, item_tile):
   """The k best of each candidate list, and the hash of all lists.
 
-  Takes the lists in blocks of a multiple of D.
+  The lists come in blocks of D * B.
   """
   digest = hashlib.sha256()
   first, tops = 0, {}

@@ -457,6 +457,19 @@ def test_same_inputs_give_the_same_values_and_complete_tables():
   assert list(table)[:4] == ["user", "protocol", "part", "precision@5"]
 
 
+def test_several_devices_rank_as_one():
+  # Three blocks of 16, of which the last is short.
+  interactions = make_interactions(40, 70, 10)
+  scorer = table_scorer(random_scores(interactions, 0).round(1))
+  one, table = evaluate.evaluate(scorer, interactions, **ALL, **EVAL)
+  several, same_table = evaluate.evaluate(
+    scorer._replace(engine=toy.make_engine(2)), interactions, **ALL, **EVAL
+  )
+  assert one == several
+  for name, column in table.items():
+    np.testing.assert_array_equal(column, same_table[name])
+
+
 @pytest.mark.parametrize("protocol", candidates.SIZES)
 @pytest.mark.parametrize("pair_cost", [0, 10**6])
 def test_lists_are_ranked_as_brute_force_on_both_paths(

@@ -60,22 +60,33 @@ def assert_same_run(folder, other):
       assert found["full"][part][name] == pytest.approx(value, abs=1e-3)
 
 
-def test_two_processes_of_two_devices_are_one(alone):
-  folder = alone.parent / "two"
+def test_processes_and_devices_may_change_during_a_run(alone):
+  """Four processes, then eight devices, then two processes of two."""
+  folder = alone.parent / "several"
+  started = start(folder, processes=4)
+  wait_for_rows(folder, 3)
+  started[1].send_signal(signal.SIGTERM)  # and not the first
+  assert codes(started) == [command.STOPPED] * 4
+  assert "the same command continues" in runs.said(folder, 0)
+
+  count = len(runs.rows(folder)) + 1
+  started = start(folder, processes=1, devices=8)
+  wait_for_rows(folder, count)
+  started[0].send_signal(signal.SIGTERM)
+  assert codes(started) == [command.STOPPED]
+
+  before = len(runs.said(folder, 1))
   assert codes(start(folder, devices=2)) == [command.OK, command.OK]
   assert_same_run(folder, alone)
   # The first one alone says and writes what there is to say.
   assert "pooled_1024" in runs.said(folder, 0)
-  own = [
-    x for x in runs.said(folder, 1).splitlines() if not x.startswith("[Gloo]")
-  ]
-  assert not own
+  own = runs.said(folder, 1)[before:].splitlines()
+  assert not [line for line in own if not line.startswith("[Gloo]")]
   names = lambda run: {path.name for path in run.iterdir()}
   assert names(folder) == names(alone)
 
 
-def test_a_run_survives_its_processes(alone):
-  """Killed, stopped, and continued by one process on eight devices."""
+def test_a_run_survives_the_loss_of_a_process(alone):
   folder = alone.parent / "survivor"
   patience = "--config.parallel.timeout_s=5"
   first, second = start(folder, patience)
@@ -86,14 +97,7 @@ def test_a_run_survives_its_processes(alone):
   assert time.monotonic() - killed_at < 30
   assert LOST in runs.said(folder, 0)
 
-  started = start(folder, patience, devices=2)
-  wait_for_rows(folder, 3)
-  started[1].send_signal(signal.SIGTERM)  # and not the first
-  assert codes(started) == [command.STOPPED] * 2
-  assert "the same command continues" in runs.said(folder, 0)
-
-  last = start(folder, patience, processes=1, devices=8)
-  assert codes(last) == [command.OK]
+  assert codes(start(folder, patience, processes=1, devices=8)) == [command.OK]
   assert_same_run(folder, alone)
 
 

@@ -69,6 +69,7 @@ class Data:
       present={n: self._present(n) for n in sources},
       records=np.arange(self.num_items),
       item_source=_Source(self.vectors),
+      title=np.array([f"title {j}" for j in range(self.num_items)], object),
       category=None,
       statistics={},
       fingerprint="toy",
