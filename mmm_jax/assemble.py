@@ -1,4 +1,12 @@
-"""From a config to a `Run`: data loaded and split, model built for them."""
+"""From a config to a `Run`: data loaded and split, model built for them.
+
+Of several hosts, each reads the content (vectors of items) of its own data
+shards only, but all of the interactions, networks and texts. The core filter,
+dense ids and `co_like` are of all interactions at once; and a data shard has
+interactions of nearly all users, of whom drawing negatives and ranking need
+everything they have seen. An interaction takes about 35 bytes of a host, and up
+to 85 while the data are split; what lies on the devices is by shard again.
+"""
 
 import importlib
 import logging
