@@ -88,7 +88,7 @@ def stop(folder):
   if runs.rows(folder):
     return
   processes = start(folder, *WHOLE["8 devices"])
-  runs.wait_for_rows(folder, STOP_AFTER, patience_s=PATIENCE_S)
+  runs.wait_for_rows(processes, folder, STOP_AFTER, patience_s=PATIENCE_S)
   processes[0].send_signal(signal.SIGTERM)
   found = runs.codes(processes, patience_s=PATIENCE_S)
   step = len(runs.rows(folder))

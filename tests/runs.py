@@ -146,10 +146,14 @@ def rows(folder) -> list[dict]:
   return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def wait_for_rows(folder, count, *, patience_s) -> None:
+def wait_for_rows(processes, folder, count, *, patience_s) -> None:
+  """Waits until a run has logged as much; else none of it is left."""
   end = time.monotonic() + patience_s
   while len(rows(folder)) < count:
-    assert time.monotonic() < end, "nothing is trained"
+    if time.monotonic() > end:
+      for process in processes:
+        process.kill()
+      raise TimeoutError(f"{folder} has not logged {count} rows")
     time.sleep(0.05)
 
 

@@ -64,14 +64,14 @@ def test_processes_and_devices_may_change_during_a_run(alone):
   """Four processes, then eight devices, then two processes of two."""
   folder = alone.parent / "several"
   started = start(folder, processes=4)
-  wait_for_rows(folder, 3)
+  wait_for_rows(started, folder, 3)
   started[1].send_signal(signal.SIGTERM)  # and not the first
   assert codes(started) == [command.STOPPED] * 4
   assert "the same command continues" in runs.said(folder, 0)
 
   count = len(runs.rows(folder)) + 1
   started = start(folder, processes=1, devices=8)
-  wait_for_rows(folder, count)
+  wait_for_rows(started, folder, count)
   started[0].send_signal(signal.SIGTERM)
   assert codes(started) == [command.STOPPED]
 
@@ -89,11 +89,11 @@ def test_processes_and_devices_may_change_during_a_run(alone):
 def test_a_run_survives_the_loss_of_a_process(alone):
   folder = alone.parent / "survivor"
   patience = "--config.parallel.timeout_s=5"
-  first, second = start(folder, patience)
-  wait_for_rows(folder, 2)
-  second.kill()
+  started = start(folder, patience)
+  wait_for_rows(started, folder, 2)
+  started[1].kill()
   killed_at = time.monotonic()
-  assert codes([first, second]) == [command.STOPPED, -signal.SIGKILL]
+  assert codes(started) == [command.STOPPED, -signal.SIGKILL]
   assert time.monotonic() - killed_at < 30
   assert LOST in runs.said(folder, 0)
 
