@@ -134,10 +134,11 @@ def largest(found, wanted, *, relative) -> tuple[float, str]:
   """The largest difference, and where it is."""
   assert found.keys() == wanted.keys()
   scale = lambda value: max(abs(value), 1e-9) if relative else 1.0
-  return max(
+  difference, name = max(
     (abs(found[name] - value) / scale(value), name)
     for name, value in wanted.items()
   )
+  return difference, name if difference else "all are equal"
 
 
 if __name__ == "__main__":
