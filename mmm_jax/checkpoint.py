@@ -10,6 +10,7 @@ import functools
 import io
 import logging
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -17,6 +18,8 @@ import orbax.checkpoint as ocp
 
 from mmm_jax import errors, parallel
 from mmm_jax.datasets import records
+
+_SUMS = "crc32"  # {path of a leaf: checksum}, in Orbax's custom metadata
 
 _LOG = logging.getLogger("mmm_jax")
 
@@ -41,10 +44,12 @@ def save(manager: ocp.CheckpointManager, step: int, tree) -> None:
   """
   if step in manager.all_steps():
     return
-  flat = parallel.spread(_flat(jax.device_get(tree)))
+  flat = _flat(jax.device_get(tree))
+  sums = {_SUMS: {name: _sum(leaf) for name, leaf in flat.items()}}
+  wanted = ocp.args.StandardSave(parallel.spread(flat))
   try:
     with _quiet():
-      manager.save(step, args=ocp.args.StandardSave(flat))
+      manager.save(step, args=wanted, custom_metadata=sums)
   except Exception as error:  # Orbax wraps the system's words several times
     reason = records.disk_reason(error)
     if not reason:
@@ -79,6 +84,7 @@ def load(manager: ocp.CheckpointManager, step: int, template):
   # Onto the host, wherever its parts were when it was written.
   wanted = ocp.args.StandardRestore(_flat(template))
   flat = manager.restore(step, args=wanted)
+  _check_sums(flat, manager.metadata(step).custom_metadata or {})
   return _unflat(flat, template)
 
 
@@ -115,6 +121,21 @@ def restore(manager: ocp.CheckpointManager, template):
       " the folder to start anew, or give another --workdir"
     )
   return None
+
+
+def _check_sums(flat, metadata):
+  """Raises ValueError if numbers are not those that were written.
+
+  Orbax would hand out what a disk has altered. Checkpoints of before there
+  were checksums have none, and pass.
+  """
+  for name, wanted in metadata.get(_SUMS, {}).items():
+    if name in flat and _sum(flat[name]) != wanted:
+      raise ValueError(f"the numbers of {name} were altered on the disk")
+
+
+def _sum(leaf) -> int:
+  return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
 
 
 def _flat(tree) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import pathlib
+import shutil
 
 from mmm_jax import assemble, errors, files, validate
 from mmm_jax.datasets import splits
@@ -28,11 +29,21 @@ def locked(workdir: pathlib.Path):
         f"another process is working in {workdir}; wait for it, or choose"
         " another --workdir"
       ) from None
+    _remove_leftovers(workdir)
     try:
       yield
     except (errors.InputError, KeyboardInterrupt):
       _remove_if_empty(workdir)
       raise
+
+
+def _remove_leftovers(workdir):
+  """What a killed session had begun to write; who holds the lock is alone."""
+  for path in workdir.glob(".*.tmp"):
+    with contextlib.suppress(OSError):
+      path.unlink()
+  for path in workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"):
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_if_empty(workdir):

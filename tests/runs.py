@@ -7,6 +7,7 @@ fork does from parsing flags to the exit code is the command's own.
 
 import atexit
 import functools
+import gc
 import importlib
 import importlib.util
 import json
@@ -169,7 +170,10 @@ def environment() -> dict[str, str]:
 
 
 class Warm:
-  """A process that waits for command lines of one module."""
+  """A process that waits for command lines of one module.
+
+  Calling it runs one to its end; `start` and `wait` leave time in between.
+  """
 
   def __init__(self, module: str):
     self._process = subprocess.Popen(
@@ -181,17 +185,29 @@ class Warm:
     )
 
   def __call__(self, *arguments, cwd=None) -> Done:
-    with tempfile.TemporaryDirectory() as folder:
-      request = {
-        "arguments": list(map(str, arguments)),
-        "cwd": str(cwd or ROOT),
-        "folder": folder,
-      }
-      self._process.stdin.write(json.dumps(request) + "\n")
-      self._process.stdin.flush()
-      code = int(self._process.stdout.readline())
-      read = lambda name: (pathlib.Path(folder) / name).read_text()
-      return Done(code, read("1"), read("2"))
+    self.start(*arguments, cwd=cwd)
+    return self.wait()
+
+  def start(self, *arguments, cwd=None) -> int:
+    """Starts a command; the number of its process."""
+    self._folder = tempfile.TemporaryDirectory()
+    request = {
+      "arguments": list(map(str, arguments)),
+      "cwd": str(cwd or ROOT),
+      "folder": self._folder.name,
+    }
+    self._process.stdin.write(json.dumps(request) + "\n")
+    self._process.stdin.flush()
+    return int(self._process.stdout.readline())
+
+  def wait(self) -> Done:
+    """How the command that was started has ended."""
+    code = int(self._process.stdout.readline())
+    with self._folder as folder:
+      # One that was killed at once has said nothing.
+      paths = [pathlib.Path(folder) / name for name in "12"]
+      said = [path.read_text() if path.exists() else "" for path in paths]
+    return Done(code, *said)
 
   def close(self):
     self._process.stdin.close()
@@ -203,6 +219,8 @@ def _serve(name):
   module = importlib.import_module(name)
   from mmm_jax import command
 
+  _cache_small_programs(command)
+  gc.freeze()  # or tracing in every child walks all that was imported
   # What libraries say must not be taken for an answer.
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
@@ -211,8 +229,23 @@ def _serve(name):
     child = os.fork()
     if not child:
       _answer(module, command, request)
+    print(child, file=answers, flush=True)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(code, file=answers, flush=True)
+
+
+def _cache_small_programs(command):
+  """They are most of what a short run compiles."""
+  import jax
+
+  cache = command.cache_compilations
+
+  def cache_all(data_dir):
+    cache(data_dir)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+  command.cache_compilations = cache_all
 
 
 def _answer(module, command, request):
