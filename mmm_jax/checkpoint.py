@@ -83,7 +83,8 @@ def load(manager: ocp.CheckpointManager, step: int, template):
   """The checkpoint of `step` as a tree like `template`, or any exception."""
   # Onto the host, wherever its parts were when it was written.
   wanted = ocp.args.StandardRestore(_flat(template))
-  flat = manager.restore(step, args=wanted)
+  with _quiet():
+    flat = manager.restore(step, args=wanted)
   _check_sums(flat, manager.metadata(step).custom_metadata or {})
   return _unflat(flat, template)
 

@@ -90,6 +90,8 @@ class Watch:
     self._metrics = self._stamp("metrics.jsonl")
     self._first_size = None  # of the rows that an earlier session left
     self._temporary = set()
+    # Of an earlier session, until this one clears them away.
+    self._leftover = set(temporary_checkpoints(workdir))
     self._since = {}  # {phase: when it was first seen}
     self.rows = self.writes = 0
     self.phase = START
@@ -97,6 +99,8 @@ class Watch:
   def look(self):
     self._count_rows()
     now = set(temporary_checkpoints(self._workdir))
+    self._leftover &= now
+    now -= self._leftover
     if now - self._temporary:
       self.writes += 1
       self._since.pop(WRITING, None)
@@ -192,7 +196,7 @@ class Faults:
     self.damaged = {}
     while not (workdir / "result.json").exists():
       enough = self.killed.total() >= self.kills
-      self.session(workdir, None if enough else self.draw())
+      self.session(workdir, None if enough else self.draw(workdir))
       if len(self.differences) > before:
         return  # and leave its files as they are
     self.check_end(workdir)
@@ -201,11 +205,13 @@ class Faults:
 
   # -- a session
 
-  def draw(self):
+  def draw(self, workdir):
     """Kind of an interruption, whether damage follows, and its moment."""
-    kinds = {KILL: 8, TERM: 1, INT: 1}
-    phases = {START: 2, TRAINING: 4, WRITING: 3, EVALUATION: 1}
-    kind = self.choose(kinds)
+    phases = {START: 4, TRAINING: 8, WRITING: 7, EVALUATION: 1}
+    if self.last_step in steps(workdir):
+      # Cheap now. What cannot come any more lets the run end.
+      phases = {START: 1, TRAINING: 1, EVALUATION: 4}
+    kind = self.choose({KILL: 8, TERM: 1, INT: 1})
     phase = self.choose(phases)
     # Those are the ones in which a newest checkpoint is worth damaging.
     damage = kind == KILL and phase != START and self.rng.random() < 0.25
@@ -349,12 +355,7 @@ class Faults:
 
   @functools.cached_property
   def final_checkpoint(self):
-    """{path of a leaf: array} of the undisturbed run."""
-    folder = self.reference / "checkpoints"
-    with ocp.CheckpointManager(folder) as manager:
-      return manager.restore(
-        manager.latest_step(), args=ocp.args.StandardRestore()
-      )
+    return read_checkpoint(self.reference)
 
   def load(self, workdir, step):
     """The leaves of a checkpoint, read and checked as a run does."""
@@ -434,6 +435,15 @@ def listed(folder) -> list[str]:
     return os.listdir(folder)
   except FileNotFoundError:
     return []
+
+
+def read_checkpoint(workdir) -> dict:
+  """{path of a leaf: array} of the newest checkpoint."""
+  folder = workdir.absolute() / "checkpoints"
+  with ocp.CheckpointManager(folder) as manager:
+    return manager.restore(
+      manager.latest_step(), args=ocp.args.StandardRestore()
+    )
 
 
 def names(workdir) -> set[str]:

@@ -71,6 +71,18 @@ class Done(NamedTuple):
   err: str
 
 
+def assert_refused(done: Done, *words: str) -> None:
+  """Bad input is one line on stderr, with these words, and exit code 2."""
+  assert done.code == 2, done
+  # The line of statistics may stand before it.
+  *before, message = done.err.splitlines()
+  assert message.startswith("error: "), done.err
+  assert all(line.startswith("simulated: ") for line in before), done.err
+  assert "Traceback" not in done.err
+  for word in words:
+    assert word in message, (word, done.err)
+
+
 def start(
   module: str, *arguments, cwd=None, devices=1, **streams
 ) -> subprocess.Popen:

@@ -14,10 +14,10 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from pyarrow import parquet
 import pytest
 
+import faults
 from mmm_jax import input_pipeline, parallel
 import runs
 
@@ -61,17 +61,8 @@ def read_rows(workdir):
   return [json.loads(line) for line in lines]
 
 
-def read_checkpoint(workdir):
-  """{path of a leaf: array} of the newest checkpoint."""
-  folder = workdir.absolute() / "checkpoints"
-  with ocp.CheckpointManager(folder) as manager:
-    return manager.restore(
-      manager.latest_step(), args=ocp.args.StandardRestore()
-    )
-
-
 def assert_same_checkpoints(one, other):
-  one, other = read_checkpoint(one), read_checkpoint(other)
+  one, other = faults.read_checkpoint(one), faults.read_checkpoint(other)
   assert set(one) == set(other)
   for name in one:
     np.testing.assert_array_equal(one[name], other[name], err_msg=name)

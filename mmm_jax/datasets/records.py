@@ -399,7 +399,8 @@ class Source:
     return self._parse(self._bytes[number])
 
   def __getitems__(self, numbers) -> list[dict]:
-    return [self._parse(each) for each in self._bytes.__getitems__(numbers)]
+    with _damage_named(self._arguments[0]):
+      return [self._parse(each) for each in self._bytes.__getitems__(numbers)]
 
   def _parse(self, serialised):
     fields = tf_example_pb2.Example.FromString(serialised).features.feature
@@ -440,12 +441,21 @@ def read(folder: pathlib.Path) -> tuple[dict, dict, dict, Source]:
   Raises:
     InputError: the folder was damaged after it was written.
   """
-  try:
+  with _damage_named(folder):
     about = json.loads((folder / "set.json").read_text())
     name, vectors = about["name"], about["vectors"]
     users = Source(folder, "users", name).columns()
     items = Source(folder, "items", name, skip=vectors).columns()
     return about, users, items, Source(folder, "items", name, only=vectors)
+
+
+@contextlib.contextmanager
+def _damage_named(folder):
+  """Turns whatever reading damaged records raises into an InputError."""
+  try:
+    yield
+  except errors.InputError:
+    raise
   except Exception as error:
     reason = " ".join(str(error).split())[:200]
     raise errors.InputError(
