@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, and a damaged one is passed over."""
 
 import logging
+import random
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import faults
 from mmm_jax import checkpoint, command, errors, logs, train, update
 import toy
 
@@ -70,6 +72,12 @@ def truncate(folder):
   largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
+def flip(folder):
+  """One bit of the arrays, which Orbax would not notice."""
+  data = max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+  faults.flip(data, random.Random(0))
+
+
 def empty(folder):
   shutil.rmtree(folder)
   folder.mkdir()
@@ -80,7 +88,7 @@ def drop_manifest(folder):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, drop_manifest])
+@pytest.mark.parametrize("damage", [truncate, flip, empty, drop_manifest])
 def test_a_damaged_newest_checkpoint_falls_back(tmp_path, caplog, damage):
   saved(tmp_path, 1, 2).close()
   damage(tmp_path / "2")

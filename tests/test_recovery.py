@@ -114,10 +114,10 @@ def assert_same_run(workdir, undisturbed):
 # --- signals ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_while_training(main, undisturbed, tmp_path, number):
+def test_ctrl_c_while_training(main, undisturbed, tmp_path):
+  """`test_end_to_end.py` sends SIGTERM, and `kill -9` at random moments."""
   done = interrupt(
-    main, number, lambda: has_trained(tmp_path),
+    main, signal.SIGINT, lambda: has_trained(tmp_path),
     *COMMAND, f"--workdir={tmp_path}",
   )  # fmt: skip
   assert done.code == command.STOPPED, done.err
@@ -160,10 +160,6 @@ def test_killed_inside_the_writing_of_a_checkpoint(main, undisturbed, tmp_path):
 # --- checkpoints --------------------------------------------------------------
 
 
-def drop_arrays(folder, rng):
-  shutil.rmtree(folder / "default")
-
-
 def flip_arrays(folder, rng):
   data = max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
   faults.flip(data, rng)
@@ -173,7 +169,7 @@ def truncate_index(folder, rng):
   faults.truncate(folder / "default" / "manifest.ocdbt", rng)
 
 
-@pytest.mark.parametrize("damage", [drop_arrays, flip_arrays, truncate_index])
+@pytest.mark.parametrize("damage", [flip_arrays, truncate_index])
 def test_the_checkpoint_before_a_damaged_one_is_used(
   main, undisturbed, tmp_path, damage
 ):
@@ -428,8 +424,7 @@ def test_second_process_is_refused(main, undisturbed, tmp_path):
   assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("content", ["", "own", "gone"])
-def test_stale_lock(main, undisturbed, tmp_path, content):
+def test_stale_lock(main, undisturbed, tmp_path):
   """What the file says is nobody's business: the system knows who is alive."""
   done = interrupt(
     main, signal.SIGKILL, lambda: has_trained(tmp_path),
@@ -437,6 +432,5 @@ def test_stale_lock(main, undisturbed, tmp_path, content):
   )  # fmt: skip
   assert done.code == -signal.SIGKILL
   assert (tmp_path / ".lock").exists()
-  number = {"": "", "own": os.getpid(), "gone": 2**22 + 1}[content]
-  (tmp_path / ".lock").write_text(str(number))
+  (tmp_path / ".lock").write_text(f"{os.getpid()}\n")  # as if it were ours now
   continue_run(main, tmp_path, undisturbed)
