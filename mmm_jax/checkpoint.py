@@ -112,9 +112,10 @@ def restore(manager: ocp.CheckpointManager, template):
         manager.delete(damaged)
       return tree
     except Exception as error:  # whatever a damaged file makes Orbax raise
+      reason = " ".join(str(error).split())[:200]  # TensorStore's go on
       _LOG.warning(
         "checkpoint %s of %s does not load (%s: %s); trying the one before",
-        step, manager.directory, type(error).__name__, error,
+        step, manager.directory, type(error).__name__, reason,
       )  # fmt: skip
   if steps:
     raise errors.InputError(

@@ -24,6 +24,8 @@ def make_tree(step):
     "step": np.int32(step),
     "odd": np.array([np.nan, -np.inf, 1e-42], np.float32),
     "metric": np.float64(0.1 + step),
+    # Most of what there is: numbers without a checksum of TensorStore's.
+    "rows": rng.standard_normal((300, 64)).astype(np.float32),
     "none": np.zeros((5, 0), bool),  # Orbax refuses empty arrays
   }
 
