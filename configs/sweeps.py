@@ -98,6 +98,15 @@ def losses():
           yield cell(model, dataset, seed, interaction_loss=loss)
 
 
+def precision():
+  """Encoders and shared logits in float32 and in bfloat16."""
+  for dtype in ("float32", "bfloat16"):
+    for seed in range(SEEDS["hetrec_lastfm"]):
+      yield cell(
+        "mmm:hetrec_lastfm", "hetrec_lastfm", seed, compute_dtype=dtype
+      )
+
+
 SWEEPS = {
   function.__name__: function
   for function in (
@@ -108,5 +117,6 @@ SWEEPS = {
     num_categories,
     clusters,
     losses,
+    precision,
   )
 }
