@@ -489,6 +489,18 @@ def recommend_all(recommend, workdir):
   return rows
 
 
+def test_several_devices_recommend_what_one_does(finished, recommend, tmp_path):
+  workdir, _ = finished
+  one, four = tmp_path / "one.parquet", tmp_path / "four.parquet"
+  flags = f"--workdir={workdir}", "--k=5"
+  assert recommend(*flags, f"--output={one}").code == 0
+  with runs.start(
+    "mmm_jax.recommend", *flags, f"--output={four}", devices=4
+  ) as process:
+    assert process.wait() == 0
+  assert parquet.read_table(one).equals(parquet.read_table(four))
+
+
 def test_lists_for_all_users(finished, recommend):
   workdir, _ = finished
   rows = recommend_all(recommend, workdir)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmm_jax import errors, parallel, recommend, scoring
+from mmm_jax import errors, parallel
 import toy
 
 STEPS = 54  # six epochs of nine
@@ -59,18 +59,6 @@ def test_what_every_device_holds_counts_once(engine, normalisation):
   loss = ("interaction_loss", "softmax")
   changes = ("cat", loss, ("normalisation", normalisation))
   assert_same((1, "mesh"), engine, changes)
-
-
-def test_several_devices_recommend_what_one_does():
-  def lists(devices):
-    config = toy.get_config(
-      "full", parallel__devices=devices, eval__user_block=8
-    )
-    run = toy.make_run(config, toy.random_data(40, 60))
-    best = scoring.snapshot(toy.Session(run).state, -np.inf)
-    return recommend.recommend(run, best, np.arange(37), k=5)
-
-  assert lists(1).equals(lists(4))
 
 
 @pytest.mark.parametrize("kind", ["mesh", "pmap"])
