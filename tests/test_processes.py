@@ -101,7 +101,7 @@ def test_a_run_survives_the_loss_of_a_process(alone):
   assert time.monotonic() - killed_at < 30
   assert LOST in runs.said(folder, 0)
 
-  assert codes(start(folder, patience, devices=2)) == [command.OK] * 2
+  assert codes(start(folder, patience, processes=1, devices=8)) == [command.OK]
   assert_same_run(folder, alone)
 
 
