@@ -16,6 +16,7 @@ import dataclasses
 import logging
 import os
 import signal
+import zlib
 
 import jax
 from jax.experimental import multihost_utils
@@ -286,6 +287,23 @@ def largest(tree):
   return jax.tree.map(
     lambda x: x.max(0), multihost_utils.process_allgather(tree)
   )
+
+
+def check_alike(what: str, text: str) -> None:
+  """Raises InputError on all processes unless their `text` is the same.
+
+  Args:
+    what: the error's words for it.
+    text: such as a fingerprint.
+  """
+  if jax.process_count() == 1:
+    return
+  mine = np.array([zlib.crc32(text.encode())], np.uint32)
+  if len(np.unique(multihost_utils.process_allgather(mine))) > 1:
+    raise errors.InputError(
+      f"the {jax.process_count()} processes of this run differ in {what}; start"
+      " all of them by the same command, on the same files"
+    )
 
 
 def on_first(action: Callable[[], object]) -> None:

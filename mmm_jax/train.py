@@ -6,6 +6,7 @@ epoch by epoch with K-means and validation in between, test once at the end.
 
 import contextlib
 import functools
+import json
 import logging
 import pathlib
 import signal
@@ -356,6 +357,7 @@ def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
   """
   workdir = pathlib.Path(workdir)
   validate.check(config)
+  _check_alike(config)
   with contextlib.ExitStack() as held:
     lock = folders.locked(workdir)
     parallel.on_first(lambda: held.enter_context(lock))
@@ -365,6 +367,8 @@ def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
       return files.read_json(done)
     engine = parallel.make_engine(config)
     run = assemble.assemble(config)
+    fingerprints = run.dataset.fingerprint, run.split.fingerprint
+    parallel.check_alike("their data or split", json.dumps(fingerprints))
     trainer = Trainer(run, workdir, engine)
     parallel.on_first(lambda: folders.write_inputs(run, workdir))
     started()
@@ -381,6 +385,15 @@ def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
         lambda: folders.write_results(run, result, per_user, workdir)
       )
       return files.read_json(done)
+
+
+def _check_alike(config):
+  """Raises InputError if other processes of the run have another config."""
+  values = dict(validate.leaves(config))
+  for key in ("dataset.data_dir", "dataset.manual_dir"):  # a host's own
+    del values[key]
+  text = json.dumps(values, sort_keys=True, default=list)
+  parallel.check_alike("their config", text)
 
 
 @contextlib.contextmanager

@@ -109,9 +109,9 @@ def run(module: str, *arguments, cwd=None) -> Done:
 
 
 def start_together(
-  folder, *arguments, processes=1, devices=1
+  folder, *arguments, processes=1, devices=1, own=()
 ) -> list[subprocess.Popen]:
-  """Starts all processes of a run in `folder`.
+  """Starts all processes of a run in `folder`; the last one has `own` flags.
 
   What each of them says goes to a file beside it, see `said`.
   """
@@ -132,6 +132,7 @@ def start_together(
           f"--workdir={folder}",
           *arguments,
           *(together if processes > 1 else ()),
+          *(own if number == processes - 1 else ()),
           devices=devices,
           stdout=file,
           stderr=file,

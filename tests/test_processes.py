@@ -16,7 +16,7 @@ _PATIENCE_S = 240  # until a session has got somewhere, on a busy machine
 LOST = "another process of this run is gone"
 
 
-def start(folder, *arguments, variants="tiny", processes=2, devices=1):
+def start(folder, *arguments, variants="tiny", processes=2, **options):
   """All processes of a short run."""
   return runs.start_together(
     folder,
@@ -24,7 +24,7 @@ def start(folder, *arguments, variants="tiny", processes=2, devices=1):
     *runs.SHORT,
     *arguments,
     processes=processes,
-    devices=devices,
+    **options,
   )
 
 
@@ -113,6 +113,15 @@ def test_the_first_process_speaks_for_all(tmp_path):
     assert codes(start(folder)) == [command.BAD_INPUT] * 2
   for number in range(2):
     assert "another process is working in" in runs.said(folder, number)
+
+
+def test_processes_with_another_config_are_refused(tmp_path):
+  folder = tmp_path / "run"
+  started = start(folder, variants="tiny,pmf", own=["--config.seed=5"])
+  assert codes(started) == [command.BAD_INPUT] * 2
+  for number in range(2):
+    assert "differ in their config" in runs.said(folder, number)
+  assert not folder.exists()
 
 
 @pytest.mark.parametrize("process_id", [0, 1])
