@@ -215,6 +215,11 @@ def join(
       "--coordinator, --num_processes and --process_id go together; found"
       f" {coordinator}, {num_processes} and {process_id}"
     )
+  elif not coordinator.rpartition(":")[2].isdigit():
+    raise errors.InputError(
+      f"--coordinator: found {coordinator!r}, valid: HOST:PORT of the first"
+      " process, with a port that is free there"
+    )
   _end_when_others_are_lost()
   # What collectives of CPUs travel by; other devices have their own.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")

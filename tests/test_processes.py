@@ -136,6 +136,10 @@ def test_flags_that_say_too_little_are_explained():
   done = runs.run("mmm_jax.main", f"{runs.CONFIG}:tiny", "--process_id=1")
   assert done.code == command.BAD_INPUT
   assert "go together; found None, None and 1" in done.err
+  together = "--coordinator=localhost", "--num_processes=2", "--process_id=1"
+  done = runs.run("mmm_jax.main", f"{runs.CONFIG}:tiny", *together)
+  assert done.code == command.BAD_INPUT
+  assert "found 'localhost', valid: HOST:PORT" in done.err
 
 
 def test_without_other_processes_nothing_is_exchanged():
