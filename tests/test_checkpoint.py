@@ -150,3 +150,11 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
   assert resumed.step == 4
   assert resumed.manifest.values["redone_steps"] == 0
   assert_bits(finish(resumed), expected)
+
+
+def test_checksums_are_of_what_several_processes_write():
+  exact = np.array(0.0133, np.float64)
+  through_devices = exact.astype(np.float32).astype(np.float64)
+  assert exact != through_devices
+  assert checkpoint._sum(exact) == checkpoint._sum(through_devices)
+  assert checkpoint._sum(exact) != checkpoint._sum(2 * exact)
