@@ -5,6 +5,9 @@ import pathlib
 import warnings
 
 import jax
+import pytest
+
+import runs
 
 # Before anything asks JAX for its devices. Set here and not in XLA_FLAGS, which
 # commands that tests start would inherit.
@@ -21,3 +24,11 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 def pytest_configure(config):
   config.addinivalue_line("filterwarnings", r"error:::mmm_jax(\..*)?")
   warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
+
+
+@pytest.fixture(scope="module")
+def main():
+  """A process that runs command lines of `mmm_jax.main`."""
+  warm = runs.Warm("mmm_jax.main")
+  yield warm
+  warm.close()

@@ -8,13 +8,6 @@ import runs
 
 
 @pytest.fixture(scope="module")
-def main():
-  warm = runs.Warm("mmm_jax.main")
-  yield warm
-  warm.close()
-
-
-@pytest.fixture(scope="module")
 def data():
   return f"--config.dataset.data_dir={runs.data_dir()}"
 

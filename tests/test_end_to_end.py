@@ -30,13 +30,6 @@ PROTOCOLS = ("full", "pooled_1024", "sampled_100")
 
 
 @pytest.fixture(scope="module")
-def main():
-  warm = runs.Warm("mmm_jax.main")
-  yield warm
-  warm.close()
-
-
-@pytest.fixture(scope="module")
 def recommend():
   warm = runs.Warm("mmm_jax.recommend")
   yield warm

@@ -32,13 +32,6 @@ _PATIENCE_S = 200
 
 
 @pytest.fixture(scope="module")
-def main():
-  warm = runs.Warm("mmm_jax.main")
-  yield warm
-  warm.close()
-
-
-@pytest.fixture(scope="module")
 def undisturbed(main, tmp_path_factory):
   """The folder of a run that nothing befell."""
   workdir = tmp_path_factory.mktemp("undisturbed") / "run"

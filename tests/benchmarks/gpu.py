@@ -17,7 +17,6 @@ import functools
 import json
 import math
 import pathlib
-import time
 import types
 
 import flax.linen as nn
@@ -29,7 +28,6 @@ import speed
 from mmm_jax import (
   assemble,
   candidates,
-  command,
   evaluate,
   losses,
   sampling,
@@ -42,7 +40,6 @@ from mmm_jax.datasets import networks, splits
 USERS, ITEMS, INTERACTIONS = 138_493, 26_744, 20_000_263
 LEAST = 20  # interactions of a user of MovieLens 20M
 BATCH = 1 << 17  # positives
-TRACED = 2  # dispatches that a profile covers
 
 
 def main():
@@ -56,17 +53,7 @@ def main():
   if flags.table:
     print(markdown(json.loads(flags.table.read_text())))
     return
-  command.cache_compilations("~/.cache/mmm_jax")
-  wanted = flags.only.split(",") if flags.only else list(MEASURED)
-  found = {}
-  for name in wanted:
-    start = time.perf_counter()
-    values = MEASURED[name](flags)
-    seconds = time.perf_counter() - start
-    print(f"[{seconds:.0f} s] {json.dumps(values)}", flush=True)
-    found |= values
-    if flags.out:  # what is measured is kept, whatever comes after
-      flags.out.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+  speed.measure(MEASURED, flags)
 
 
 LINES = (
@@ -184,21 +171,8 @@ def movielens_shaped(scale):
   user = np.repeat(np.arange(users), np.diff(indptr))
   kept = np.sort(rng.permutation(len(item))[:wanted])
   user, item = user[kept], item[kept]
-  return types.SimpleNamespace(
-    name="made up",
-    users=range(users),
-    items=range(items),
-    user=user.astype(np.int32),
-    item=item.astype(np.int32),
-    networks={},
-    vectors={},
-    present={},
-    records=np.arange(items),
-    item_source=None,
-    category=None,
-    statistics={},
-    fingerprint="",
-  )
+  user, item = user.astype(np.int32), item.astype(np.int32)
+  return speed.dataset_of(user, item, users=users, items=items)
 
 
 def made_up_run(config, scale, *, parts=(1.0, 0.0, 0.0)):

@@ -63,16 +63,22 @@ def main():
   if flags.table:
     print(markdown(json.loads(flags.table.read_text())))
     return
+  measure(MEASURED, flags)
+
+
+def measure(measured: dict, flags) -> None:
+  """Takes the figures that `--only` names, or all, and writes `--out`."""
   command.cache_compilations("~/.cache/mmm_jax")
-  wanted = flags.only.split(",") if flags.only else list(MEASURED)
+  wanted = flags.only.split(",") if flags.only else list(measured)
   found = {}
   for name in wanted:
     start = time.perf_counter()
-    values = MEASURED[name](flags)
-    print(f"[{time.perf_counter() - start:.0f} s] {json.dumps(values)}")
+    values = measured[name](flags)
+    seconds = time.perf_counter() - start
+    print(f"[{seconds:.0f} s] {json.dumps(values)}", flush=True)
     found |= values
-  if flags.out:
-    flags.out.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+    if flags.out:  # what is measured is kept, whatever comes after
+      flags.out.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
 
 
 LINES = (
@@ -398,12 +404,19 @@ def measure_rows(size) -> dict:
 def made_up(users, items):
   """Interactions without structure, as far as training reads a data set."""
   rng = np.random.default_rng(0)
+  user = np.repeat(np.arange(users, dtype=np.int32), PER_USER)
+  item = rng.integers(items, size=users * PER_USER, dtype=np.int32)
+  return dataset_of(user, item, users=users, items=items)
+
+
+def dataset_of(user, item, *, users, items):
+  """What training reads of a data set, from interactions alone."""
   return types.SimpleNamespace(
     name="made up",
     users=range(users),
     items=range(items),
-    user=np.repeat(np.arange(users, dtype=np.int32), PER_USER),
-    item=rng.integers(items, size=users * PER_USER, dtype=np.int32),
+    user=user,
+    item=item,
     networks={},
     vectors={},
     present={},
