@@ -1,7 +1,8 @@
 """From a config to a `Run`: data loaded and split, model built for them.
 
 Of several hosts, each reads the content (vectors of items) of its own data
-shards only, but all of the interactions, networks and texts. The core filter,
+shards only, and of interactions, networks and texts one part, which it tells
+the others (`parallel.by_parts`). So each host has all of them: the core filter,
 dense ids and `co_like` are of all interactions at once; and a data shard has
 interactions of nearly all users, of whom drawing negatives and ranking need
 everything they have seen. An interaction takes about 35 bytes of a host, and up
@@ -21,6 +22,7 @@ from mmm_jax import (
   evaluate,
   features,
   input_pipeline,
+  parallel,
   sampling,
   streams,
   update,
@@ -64,6 +66,10 @@ def assemble(config) -> Run:
     errors.InputError: data or config are wrong; the message says where.
   """
   dataset = base.load(config.dataset, config.split)
+  return parallel.together(lambda: _split_and_build(config, dataset))
+
+
+def _split_and_build(config, dataset):
   split = splits.make(dataset, config.split)
   _LOG.info("%s; %s", base.statistics_line(dataset), split.line)
   sources = streams.choose_sources(dataset, config)

@@ -10,7 +10,7 @@ import jax
 
 from mmm_jax import errors, parallel
 
-OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, parallel.STOPPED
 
 
 class Stopped(Exception):
@@ -45,6 +45,7 @@ def run(main) -> None:
     _exit(f"error: {error}; the same command continues", STOPPED)
   except Exception as error:
     if not parallel.is_loss(error):
+      parallel.decide(FAILED)
       raise
     _exit(f"{parallel.LOST} ({error})", STOPPED)
 
@@ -98,4 +99,5 @@ def _explain(error) -> str:
 
 def _exit(message: str, code: int):
   print(" ".join(message.split()), file=sys.stderr)
+  parallel.decide(code)
   sys.exit(code)

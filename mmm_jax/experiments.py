@@ -15,7 +15,6 @@ normal run of `mmm_jax.main` in its own folder; a finished one leaves its record
 in tests/results/<sweep>/, and `table` needs nothing else.
 """
 
-import functools
 import hashlib
 import importlib.util
 import json
@@ -30,21 +29,11 @@ from absl import flags
 import numpy as np
 from pyarrow import parquet
 
-from mmm_jax import command, errors, files, manifest, tabulate
+from mmm_jax import command, errors, files, manifest, tabulate, validate
 from mmm_jax.datasets import base, splits
 
 _CONFIGS = pathlib.Path("configs")
 _RESULTS = pathlib.Path("tests/results")
-# Of a config, what changes no result: where files lie, how often the run says
-# and saves how it stands, on which devices it is.
-_WITHOUT_RESULT = (
-  "dataset.data_dir",
-  "dataset.manual_dir",
-  "split.path",
-  "checkpoint",
-  "log",
-  "parallel",
-)
 _METRIC = "ndcg@20"  # kept for every user
 
 _SWEEP = flags.DEFINE_string("sweep", None, "A sweep of configs/sweeps.py.")
@@ -156,10 +145,7 @@ def hash_config(config, *, without=()) -> str:
     config: of the run.
     without: further keys whose values do not count.
   """
-  values = json.loads(config.to_json())
-  for key in (*_WITHOUT_RESULT, *without):
-    *folders, name = key.split(".")
-    del functools.reduce(dict.__getitem__, folders, values)[name]
+  values = validate.plain(config, without=(*validate.NO_RESULT, *without))
   text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 

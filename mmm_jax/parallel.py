@@ -11,12 +11,15 @@ its devices, and the first one alone writes files (`on_first`).
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import ctypes
 import dataclasses
 import logging
 import os
+import pickle
 import signal
-import zlib
+import socket
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -34,12 +37,14 @@ REPLICATED, SHARDED, HOST = "replicated", "sharded", "host"
 
 _PROCESSES = "process"  # axis with one device of every process
 _TRANSPORTS = ("gloo", "nccl", "coordination")  # in messages of their errors
-_MESSAGE = 4096  # bytes of a text that processes send one another
+_BLOCK = 2**26  # bytes that processes send one another at a time
+STOPPED = 75  # exit code of what the same command continues
 LOST = (
   "error: another process of this run is gone; the same command with the same"
   " --workdir continues"
 )
-_STOPPED = 75  # as command.STOPPED, which is above this module
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,32 +220,30 @@ def join(
       "--coordinator, --num_processes and --process_id go together; found"
       f" {coordinator}, {num_processes} and {process_id}"
     )
-  elif not coordinator.rpartition(":")[2].isdigit():
-    raise errors.InputError(
-      f"--coordinator: found {coordinator!r}, valid: HOST:PORT of the first"
-      " process, with a port that is free there"
-    )
-  _end_when_others_are_lost()
+  else:
+    _check_address(coordinator, serves=process_id == 0)
   # What collectives of CPUs travel by; other devices have their own.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  late = (
+    f"the processes of this run did not come together within {timeout_s} s"
+    " (parallel.timeout_s)"
+  )
   try:
-    jax.distributed.initialize(
-      coordinator,
-      num_processes,
-      process_id,
-      initialization_timeout=timeout_s,
-      heartbeat_timeout_seconds=timeout_s,
-      shutdown_timeout_seconds=timeout_s,
-    )
+    with _waiting(f"error: {late}; the same command continues"):
+      jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        initialization_timeout=timeout_s,
+        heartbeat_timeout_seconds=timeout_s,
+        shutdown_timeout_seconds=timeout_s,
+      )
   except ValueError as error:  # of flags or an environment that say too little
     raise errors.InputError(
       f"--coordinator, --num_processes, --process_id: {error}"
     ) from error
   except RuntimeError as error:
-    raise errors.LostError(
-      f"the processes of this run did not come together within {timeout_s} s"
-      f" (parallel.timeout_s): {error}"
-    ) from error
+    raise errors.LostError(f"{late}: {error}") from error
   if jax.process_index():
     logging.getLogger("mmm_jax").setLevel(logging.WARNING)
 
@@ -252,34 +255,112 @@ def _scheduled() -> bool:
   return int(tasks) > 1 or "," in workers
 
 
-def _end_when_others_are_lost():
-  """Gives the abort by which JAX ends a process a message and a code.
+def _check_address(coordinator, *, serves):
+  host, _, port = coordinator.rpartition(":")
+  if not (host and port.isdigit() and 0 < int(port) < 2**16):
+    raise errors.InputError(
+      f"--coordinator: found {coordinator!r}, valid: HOST:PORT of the first"
+      " process, with a port that is free there"
+    )
+  if serves:
+    try:
+      socket.create_server(("", int(port))).close()
+    except OSError as error:
+      raise errors.InputError(
+        f"--coordinator: port {port} of this host cannot be used"
+        f" ({error.strerror}); give one that is free"
+      ) from error
 
-  Its client aborts from a thread of its own when a process is lost, while
-  Python may wait in a collective; so neither an exception nor one of Python's
-  own signal handlers can tell of it.
+
+class _Ending:
+  """How a process ends when JAX aborts it."""
+
+  code, words = STOPPED, ""
+
+
+@contextlib.contextmanager
+def _waiting(words):
+  """While JAX waits for the others, in C++, where Python hears no signal.
+
+  Its client aborts, from a thread of its own, when the others do not come, and
+  later when one of them is lost while Python may wait in a collective. So
+  neither an exception nor one of Python's own handlers can tell of that, and
+  these are C's.
   """
   library = ctypes.CDLL(None)
   library.signal.restype = ctypes.c_void_p
+  _Ending.words = words
   library.signal(int(signal.SIGABRT), _end)
+  stops = signal.SIGTERM, signal.SIGINT
+  for number in stops:
+    library.signal(int(number), _stop)
+  try:
+    yield
+  finally:
+    for number in stops:
+      signal.signal(number, signal.getsignal(number))
+  _Ending.words = f"{LOST} (see above)"
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _end(_):
-  os.write(2, f"{LOST} (see above)\n".encode())
-  os._exit(_STOPPED)
+  try:
+    os.write(2, f"{_Ending.words}\n".encode() if _Ending.words else b"")
+  finally:
+    os._exit(_Ending.code)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _stop(_):
+  try:
+    os.write(2, b"stopped; the same command continues\n")
+  finally:
+    os._exit(STOPPED)
+
+
+def decide(code: int) -> None:
+  """Sets the exit code of a process that is about to end.
+
+  At its end it waits for the others, and is aborted if they do not come, as
+  when it ends because of an error that they do not have.
+  """
+  _Ending.code, _Ending.words = code, ""
+
+
+def several() -> bool:
+  """Whether this run has other processes. Does not start JAX's devices."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_loss(error: Exception) -> bool:
   """Whether an exception is of a collective that lost a process."""
   text = str(error).lower()
-  # Last, as it starts JAX where an error came before anything needed it.
-  return any(name in text for name in _TRANSPORTS) and jax.process_count() > 1
+  return several() and any(name in text for name in _TRANSPORTS)
+
+
+def exchange(value: Any) -> list:
+  """What each process gives, in their order; all must call this."""
+  if not several():
+    return [value]
+  gather = multihost_utils.process_allgather
+  own = np.frombuffer(pickle.dumps(value), np.uint8)
+  # Two numbers, as JAX has none of more than 32 bits.
+  sizes = gather(np.array(divmod(len(own), _BLOCK), np.int32))
+  sizes = [int(blocks) * _BLOCK + int(rest) for blocks, rest in sizes]
+  padded = np.zeros(max(sizes), np.uint8)
+  padded[: len(own)] = own
+  starts = range(0, len(padded), _BLOCK)
+  parts = [gather(padded[start : start + _BLOCK]) for start in starts]
+  rows = np.concatenate(parts, 1)
+  return [
+    pickle.loads(row[:size].tobytes())
+    for row, size in zip(rows, sizes, strict=True)
+  ]
 
 
 def any_process(flags: Sequence[bool]) -> list[bool]:
   """Of each flag, whether it is set in any process; all must call this."""
-  if jax.process_count() == 1:
+  if not several():
     return list(flags)
   found = multihost_utils.process_allgather(np.array(flags, bool))
   return found.any(0).tolist()
@@ -287,7 +368,7 @@ def any_process(flags: Sequence[bool]) -> list[bool]:
 
 def largest(tree):
   """Elementwise maximum of host arrays over the processes."""
-  if jax.process_count() == 1:
+  if not several():
     return tree
   return jax.tree.map(
     lambda x: x.max(0), multihost_utils.process_allgather(tree)
@@ -301,39 +382,65 @@ def check_alike(what: str, text: str) -> None:
     what: the error's words for it.
     text: such as a fingerprint.
   """
-  if jax.process_count() == 1:
-    return
-  mine = np.array([zlib.crc32(text.encode())], np.uint32)
-  if len(np.unique(multihost_utils.process_allgather(mine))) > 1:
+  if len(set(exchange(text))) > 1:
     raise errors.InputError(
       f"the {jax.process_count()} processes of this run differ in {what}; start"
       " all of them by the same command, on the same files"
     )
 
 
-def on_first(action: Callable[[], object]) -> None:
-  """Runs `action` on the first process; its InputError is everybody's."""
-  if jax.process_count() == 1:
-    action()
-    return
-  told = ""
-  if jax.process_index() == 0:
-    try:
-      action()
-    except errors.InputError as error:
-      told = str(error)
-  told = _from_first(told)
+def on_first(action: Callable[[], _T]) -> _T:
+  """What `action` returns on the first process, which alone runs it.
+
+  Its InputError is everybody's.
+  """
+  if not several():
+    return action()
+  first = jax.process_index() == 0
+  result, told = exchange(_attempt(action) if first else None)[0]
   if told:
     raise errors.InputError(told)
+  return result
 
 
-def _from_first(text: str) -> str:
-  """The first process's text, cut to _MESSAGE bytes."""
-  code = np.zeros(_MESSAGE, np.uint8)
-  raw = np.frombuffer(text.encode()[:_MESSAGE], np.uint8)
-  code[: len(raw)] = raw
-  code = multihost_utils.broadcast_one_to_all(code)
-  return bytes(code).rstrip(b"\0").decode(errors="ignore")
+def together(action: Callable[[], _T]) -> _T:
+  """What `action` returns, unless it raises InputError on any process.
+
+  Then that is everybody's: no process goes on, to wait for one that has ended.
+  The action itself exchanges nothing.
+  """
+  if not several():
+    return action()
+  result, told = _attempt(action)
+  told = next(filter(None, exchange(told)), "")
+  if told:
+    raise errors.InputError(told)
+  return result
+
+
+def _attempt(action):
+  """What it returns, and what its InputError says."""
+  try:
+    return action(), ""
+  except errors.InputError as error:
+    return None, str(error)
+
+
+def by_parts(read: Callable[[range], dict[str, list]], count: int) -> dict:
+  """`read(range(count))`, of which each process reads an equal part.
+
+  Args:
+    read: numbers of records -> {column: their values}.
+    count: of all records.
+  """
+  if not several():
+    return read(range(count))
+  number, total = jax.process_index(), jax.process_count()
+  own = range(number * count // total, (number + 1) * count // total)
+  parts = exchange(together(lambda: read(own)))
+  return {
+    name: [value for part in parts for value in part[name]] for name in parts[0]
+  }
 
 
 def spread(tree):
@@ -341,9 +448,9 @@ def spread(tree):
 
   Each holds a part of what divides into as many, and all hold the rest.
   """
-  count = jax.process_count()
-  if count == 1:
+  if not several():
     return tree
+  count = jax.process_count()
   firsts = {device.process_index: device for device in reversed(jax.devices())}
   devices = np.array([firsts[number] for number in range(count)])
   mesh = jax.sharding.Mesh(devices, (_PROCESSES,))

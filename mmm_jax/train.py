@@ -20,7 +20,6 @@ from mmm_jax import (
   checkpoint,
   clustering,
   command,
-  files,
   input_pipeline,
   logs,
   manifest,
@@ -95,11 +94,13 @@ class Trainer:
     self._make_functions(resident)
     self.resident = None
     if resident:
-      self.resident = input_pipeline.load_resident(
-        run.content,
-        engine.own(run.shards.items.ids["item"]),
-        engine,
-        self.config,
+      self.resident = parallel.together(
+        lambda: input_pipeline.load_resident(
+          run.content,
+          engine.own(run.shards.items.ids["item"]),
+          engine,
+          self.config,
+        )
       )
     if not self.step and self._categories_due(0):
       self.cluster(0)
@@ -359,12 +360,16 @@ def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
   validate.check(config)
   _check_alike(config)
   with contextlib.ExitStack() as held:
-    lock = folders.locked(workdir)
-    parallel.on_first(lambda: held.enter_context(lock))
-    folders.check_config(config, workdir)
-    done = workdir / "result.json"
-    if done.exists():
-      return files.read_json(done)
+
+    def enter():
+      held.enter_context(folders.locked(workdir))
+      folders.check_config(config, workdir)
+      return folders.read_result(workdir)
+
+    # What the folder holds, others might see late on a shared file system.
+    result = parallel.on_first(enter)
+    if result is not None:
+      return result
     engine = parallel.make_engine(config)
     run = assemble.assemble(config)
     fingerprints = run.dataset.fingerprint, run.split.fingerprint
@@ -381,19 +386,15 @@ def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
           run, best, ("valid", "test"), config.eval.protocols
         )
       trainer.manifest.write(finished=True)
-      parallel.on_first(
+      return parallel.on_first(
         lambda: folders.write_results(run, result, per_user, workdir)
       )
-      return files.read_json(done)
 
 
 def _check_alike(config):
   """Raises InputError if other processes of the run have another config."""
-  values = dict(validate.leaves(config))
-  for key in ("dataset.data_dir", "dataset.manual_dir"):  # a host's own
-    del values[key]
-  text = json.dumps(values, sort_keys=True, default=list)
-  parallel.check_alike("their config", text)
+  values = validate.plain(config, without=validate.PLACES)
+  parallel.check_alike("their config", json.dumps(values, sort_keys=True))
 
 
 @contextlib.contextmanager

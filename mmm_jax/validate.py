@@ -5,11 +5,18 @@ where the data are read.
 """
 
 import difflib
+import functools
+import json
 import math
 import pkgutil
 
 from mmm_jax import errors, evaluate, losses, models, parallel, tables
 from mmm_jax.datasets import base, splits
+
+# Where a host has its files; and all that changes no result: that, when a run
+# says and saves how it stands, on which devices it is.
+PLACES = ("dataset.data_dir", "dataset.manual_dir", "split.path")
+NO_RESULT = (*PLACES, "checkpoint", "log", "parallel")
 
 _SELECTED_CUTOFF = 20  # early stopping looks at nDCG@20
 _LAST_SEED = 2**31 - 1
@@ -121,6 +128,22 @@ def check(config) -> None:
     _fail("dataset.data_dir", "", "a folder for prepared sets")
   _check_lists(values)
   _check_batch(config)
+
+
+def plain(config, *, without=()) -> dict:
+  """The values of a config as JSON has them.
+
+  Args:
+    config: a ConfigDict, or what this gave of one.
+    without: dotted keys that are left out, with all below them.
+  """
+  text = config.to_json() if hasattr(config, "to_json") else json.dumps(config)
+  values = json.loads(text)
+  for key in without:
+    *folders, name = key.split(".")
+    inner = functools.reduce(lambda d, each: d.get(each, {}), folders, values)
+    inner.pop(name, None)
+  return values
 
 
 def leaves(config, prefix: str = ""):

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import pathlib
 import shutil
 
@@ -29,6 +28,11 @@ def locked(workdir: pathlib.Path):
         f"another process is working in {workdir}; wait for it, or choose"
         " another --workdir"
       ) from None
+    except OSError as error:
+      raise errors.InputError(
+        f"cannot lock {workdir}: {error.strerror}; choose a --workdir on a file"
+        " system that has locks, such as a disk or NFS"
+      ) from error
     _remove_leftovers(workdir)
     try:
       yield
@@ -57,14 +61,19 @@ def _remove_if_empty(workdir):
 def check_config(config, workdir: pathlib.Path) -> None:
   """Compares the config with the one of the run in the folder, if any.
 
+  Values that change no result may be others: where files lie, what is logged
+  and saved when, on which devices the run is.
+
   Raises:
     errors.InputError: the folder belongs to a run with another config.
   """
   path = workdir / "config.json"
   if not path.exists():
     return
-  old = dict(validate.leaves(files.read_json(path)))
-  new = dict(validate.leaves(json.loads(config.to_json())))
+  old, new = (
+    dict(validate.leaves(validate.plain(each, without=validate.NO_RESULT)))
+    for each in (files.read_json(path), config)
+  )
   keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
   if keys:
     shown = "; ".join(
@@ -81,9 +90,8 @@ def write_inputs(run: assemble.Run, workdir: pathlib.Path) -> None:
 
   Not before the data are read: a run whose data are wrong leaves nothing.
   """
-  path = workdir / "config.json"
-  if not path.exists():
-    files.write_json(path, json.loads(run.config.to_json()))
+  # Anew each time: where the data lie may have changed.
+  files.write_json(workdir / "config.json", validate.plain(run.config))
   path = workdir / "split.parquet"
   if not path.exists():
     splits.write(path, run.dataset, run.split)
@@ -91,8 +99,19 @@ def write_inputs(run: assemble.Run, workdir: pathlib.Path) -> None:
 
 def write_results(
   run: assemble.Run, result: dict, per_user: dict, workdir: pathlib.Path
-) -> None:
-  """Writes what `evaluate.evaluate` found; result.json, the last, ends it."""
+) -> dict:
+  """Writes what `evaluate.evaluate` found; result.json, the last, ends it.
+
+  Returns:
+    What result.json holds.
+  """
   per_user = {**per_user, "user": run.dataset.users[per_user["user"]]}
   files.write_parquet(workdir / "per_user.parquet", per_user)
   files.write_json(workdir / "result.json", result)
+  return read_result(workdir)
+
+
+def read_result(workdir: pathlib.Path) -> dict | None:
+  """What result.json holds; None if the run has not ended."""
+  path = workdir / "result.json"
+  return files.read_json(path) if path.exists() else None

@@ -3,7 +3,9 @@
 import fcntl
 import functools
 import json
+import os
 import signal
+import socket
 import time
 
 import numpy as np
@@ -129,7 +131,86 @@ def test_a_process_whose_others_never_come_gives_up(tmp_path, process_id):
   started = start(tmp_path / "alone", "--config.parallel.timeout_s=3")
   started[1 - process_id].kill()
   assert codes(started)[process_id] == command.STOPPED
-  assert "error: " in runs.said(tmp_path / "alone", process_id)
+  said = runs.said(tmp_path / "alone", process_id)
+  assert "did not come together within 3 s" in said and LOST not in said
+
+
+def start_first(folder, port, *arguments, **streams):
+  """The first of two processes, the other of which is not started."""
+  return runs.start(
+    "mmm_jax.main",
+    f"{runs.CONFIG}:tiny",
+    f"--workdir={folder}",
+    f"--coordinator=localhost:{port}",
+    "--num_processes=2",
+    "--process_id=0",
+    **streams,
+  )
+
+
+def test_a_signal_is_heard_while_the_others_are_awaited(tmp_path):
+  with socket.create_server(("localhost", 0)) as free:
+    port = free.getsockname()[1]
+  with start_first(tmp_path / "run", port) as process:
+    end = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < end:
+      try:
+        socket.create_connection(("localhost", port)).close()
+        break
+      except OSError:
+        time.sleep(0.1)
+    time.sleep(1)  # from serving to waiting
+    process.send_signal(signal.SIGTERM)
+    assert codes([process]) == [command.STOPPED]
+  assert time.monotonic() < end
+
+
+def test_a_port_that_is_taken_is_said(tmp_path):
+  with (
+    socket.create_server(("", 0)) as taken,
+    (tmp_path / "said").open("w") as said,
+  ):
+    port = taken.getsockname()[1]
+    process = start_first(tmp_path / "run", port, stderr=said)
+    assert codes([process]) == [command.BAD_INPUT]
+  assert f"port {port} of this host" in (tmp_path / "said").read_text()
+
+
+def test_what_one_process_finds_wrong_ends_all(tmp_path):
+  """Its data cannot be read: nobody goes on to wait for it."""
+  (tmp_path / "file").touch()
+  started = start(
+    tmp_path / "run",
+    variants="tiny,pmf",
+    own=[f"--config.dataset.data_dir={tmp_path / 'file'}"],
+  )
+  assert codes(started) == [command.BAD_INPUT] * 2
+  for number in range(2):
+    said = runs.said(tmp_path / "run", number)
+    assert f"data_dir={tmp_path / 'file'}: found a file where" in said
+    assert LOST not in said
+
+
+def test_an_error_of_one_process_is_its_own(tmp_path):
+  """One host's files are spoilt while they stream; the other host goes on."""
+  folder = tmp_path / "run"
+  started = start(
+    folder,
+    "--config.model.sources=visual",
+    "--config.input.content_budget_mb=0.0",
+    "--config.parallel.timeout_s=5",
+    "--config.epochs=1000",
+    variants="tiny,con",
+    own=[f"--config.dataset.data_dir={tmp_path / 'data'}"],
+  )
+  wait_for_rows(started, folder, 3)
+  (prepared,) = (tmp_path / "data").glob("simulated-*")
+  for path in prepared.rglob("*array_record*"):
+    os.truncate(path, path.stat().st_size // 2)
+  assert codes(started) == [command.STOPPED, command.BAD_INPUT]
+  assert LOST in runs.said(folder, 0)
+  assert "found a damaged prepared set" in runs.said(folder, 1)
+  assert LOST not in runs.said(folder, 1)
 
 
 def test_flags_that_say_too_little_are_explained():
@@ -147,5 +228,9 @@ def test_without_other_processes_nothing_is_exchanged():
   done = []
   parallel.on_first(lambda: done.append(1))
   assert done == [1]
+  assert parallel.together(lambda: 5) == 5
+  assert parallel.exchange("a") == ["a"]
+  parts = parallel.by_parts(lambda numbers: {"square": numbers}, 3)
+  assert list(parts["square"]) == [0, 1, 2]
   tree = {"a": np.arange(3)}
   assert parallel.largest(tree) is parallel.spread(tree) is tree

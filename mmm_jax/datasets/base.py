@@ -22,7 +22,7 @@ import pathlib
 
 import numpy as np
 
-from mmm_jax import errors
+from mmm_jax import errors, parallel
 from mmm_jax.datasets import networks, rawfiles, splits
 from mmm_jax.datasets import records as records_lib
 
@@ -169,10 +169,12 @@ def load(config, split=None) -> Dataset:
     InputError: unknown name, wrong raw files, a data_dir without room.
   """
   module = _module(config.name)
-  folder = _prepare(module, config)
+  folder = parallel.together(lambda: _prepare(module, config))
   about, users, items, source = records_lib.read(folder)
   edges = _edges(users)
-  keep, core = _select(edges, users, items, config, split)
+  keep, core = parallel.together(
+    lambda: _select(edges, users, items, config, split)
+  )
   dataset = _assemble(
     about, users, items, source, edges, keep, core["filtered"]
   )

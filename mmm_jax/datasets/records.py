@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from mmm_jax import errors
+from mmm_jax import errors, parallel
 
 if TYPE_CHECKING:
   from mmm_jax.datasets import base
@@ -409,12 +409,11 @@ class Source:
       for key, feature in self._features.items()
     }
 
-  def columns(self) -> dict[str, list]:
-    """{feature: its values in all records}."""
+  def columns(self, numbers: range) -> dict[str, list]:
+    """{feature: its values in these records}."""
     result = {key: [] for key in self._features}
-    for start in range(0, len(self), _BLOCK):
-      block = range(start, min(start + _BLOCK, len(self)))
-      for record in self.__getitems__(block):
+    for start in range(0, len(numbers), _BLOCK):
+      for record in self.__getitems__(numbers[start : start + _BLOCK]):
         for key, value in record.items():
           result[key].append(value)
     return result
@@ -434,6 +433,9 @@ def _decode(field, feature):
 def read(folder: pathlib.Path) -> tuple[dict, dict, dict, Source]:
   """What a load needs of a prepared set.
 
+  Of several processes each reads a part of the records, and has the others'
+  from the processes that read them.
+
   Returns:
     The content of set.json; the columns of users and of items, {feature:
     values}, the items' without their vectors; the items' records.
@@ -441,12 +443,22 @@ def read(folder: pathlib.Path) -> tuple[dict, dict, dict, Source]:
   Raises:
     InputError: the folder was damaged after it was written.
   """
-  with _damage_named(folder):
-    about = json.loads((folder / "set.json").read_text())
-    name, vectors = about["name"], about["vectors"]
-    users = Source(folder, "users", name).columns()
-    items = Source(folder, "items", name, skip=vectors).columns()
-    return about, users, items, Source(folder, "items", name, only=vectors)
+
+  def begin():
+    with _damage_named(folder):
+      about = json.loads((folder / "set.json").read_text())
+      name, vectors = about["name"], about["vectors"]
+      users = Source(folder, "users", name)
+      items = Source(folder, "items", name, skip=vectors)
+      return about, users, items, Source(folder, "items", name, only=vectors)
+
+  about, users, items, vectors = parallel.together(begin)
+  return (
+    about,
+    parallel.by_parts(users.columns, len(users)),
+    parallel.by_parts(items.columns, len(items)),
+    vectors,
+  )
 
 
 @contextlib.contextmanager
