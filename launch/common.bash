@@ -2,19 +2,43 @@
 # What the launchers share. Each of them reads this file before anything else.
 
 # Before `--` stands what is for the platform, behind it what is for mmm_jax.
-# Sets dry_run, options and flags.
+# Sets dry_run, options and flags, once the variables' values prove valid.
 # shellcheck disable=SC2034 # the launchers use them
 read_arguments() {
   dry_run=false options=() flags=()
   while (($#)); do
     case $1 in
       --dry-run) dry_run=true ;;
+      -h | --help) explain && exit ;;
       --) shift && break ;;
       *) options+=("$1") ;;
     esac
     shift
   done
   flags=("$@")
+  check_values
+}
+
+# Prints what stands at the head of the launcher.
+explain() {
+  [[ -e $0 ]] || cd "$OLDPWD" || exit # the launcher may have gone to another folder
+  awk 'NR > 1 { if (!/^#/) exit; if (sub(/^# ?/, "") && !/^SBATCH/) print }' "$0"
+}
+
+# Refuses what the platform would misread, or find wrong when it costs money.
+check_values() {
+  local name
+  for name in NODES DEVICES RESTARTS; do
+    [[ ${!name-0} =~ ^(0|[1-9][0-9]{0,5})$ ]] || wrong "$name" "a whole number"
+  done
+  [[ ${NODES-1} != 0 ]] || wrong NODES "1 or more"
+  [[ ${SPOT-0} == [01] ]] || wrong SPOT "0 or 1"
+  [[ ${SHARE-none} =~ ^(none|SHARE|[^:]+:/.*)$ ]] ||
+    wrong SHARE "HOST:/PATH, or none"
+}
+
+wrong() {
+  fail "$1: found '${!1}', valid: $2"
 }
 
 fail() {

@@ -26,6 +26,9 @@ import toy
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
+# A step of its own in .ci/run.
+pytestmark = pytest.mark.export
+
 
 def train_chunk(dtype):
   """A chunk of the full model with all that is ours, and its arguments."""

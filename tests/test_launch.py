@@ -92,6 +92,41 @@ def test_a_dry_run_needs_nothing_and_shows_the_command(launcher):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_help_is_the_launchers_own(launcher):
+  text = run(launcher, "--help").stdout
+  assert f"launch/{launcher} [--dry-run]" in text and "SBATCH" not in text
+  folder = LAUNCH / "gke"
+  shown = subprocess.run(
+    ["./" + os.path.relpath(LAUNCH / launcher, folder), "-h"],
+    cwd=folder,
+    capture_output=True,
+    text=True,
+  )
+  assert shown.stdout == text
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("NODES", "two"),
+    ("NODES", "0"),
+    ("DEVICES", "08"),
+    ("DEVICES", "-1"),
+    ("RESTARTS", "x"),
+    ("SPOT", "yes"),
+    ("SHARE", "10.0.0.2"),
+  ],
+)
+def test_values_that_mean_nothing_are_refused(name, value):
+  read = [each for each in LAUNCHERS if f"{name}=" in text_of(each)]
+  assert len(read) > 1
+  for launcher in read:
+    done = run(launcher, "--dry-run", **{name: value})
+    assert done.returncode == 2 and not done.stdout
+    assert f"error: {name}: found '{value}', valid: " in done.stderr
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_variables_and_flags_reach_main_as_they_are(launcher):
   extra = ["--config.eval.cutoffs=(10, 20)", "--config.x=it's $5 & more"]
   flags = main_flags(

@@ -40,12 +40,13 @@ from mmm_jax.datasets import networks, splits
 USERS, ITEMS, INTERACTIONS = 138_493, 26_744, 20_000_263
 LEAST = 20  # interactions of a user of MovieLens 20M
 BATCH = 1 << 17  # positives
+BLOCK = 1024  # users that are ranked at a time
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
-  parser.add_argument("--only", default="", help=f"of {', '.join(MEASURED)}")
+  speed.add_only(parser, MEASURED)
   parser.add_argument("--scale", type=float, default=1.0, help="of the data")
   parser.add_argument("--table", type=pathlib.Path, help="JSON file to print")
   parser.add_argument("--trace", type=pathlib.Path, help="folder of profiles")
@@ -76,11 +77,13 @@ LINES = (
 
 
 def markdown(found: dict) -> str:
-  """The figures of a file as two tables."""
+  """The figures of a file as two tables; what it lacks is left out."""
   lines = []
   for text, keys, unit, wanted in LINES:
-    value = functools.reduce(lambda inside, key: inside[key], keys, found)
-    lines.append([text, f"{value / unit:.3g}", wanted])
+    *folders, name = keys
+    inside = functools.reduce(lambda d, key: d.get(key, {}), folders, found)
+    if name in inside:
+      lines.append([text, f"{inside[name] / unit:.3g}", wanted])
   heads = [f"on one {found['device']}", "measured", "wanted"]
   table = tabulate.markdown_lines(heads, lines)
   return f"{table}\n\n{_floor_table(found)}"
@@ -90,8 +93,12 @@ def _floor_table(found):
   """Steps against what the device's memory and arithmetic would allow."""
   heads = ["step of", "positives", "measured, ms", "MB", "at full speed, ms"]
   heads += ["share", "GFLOP of products", "at full speed, ms", "busy"]
+  if "eval" in found:
+    found = found | {"ranking": _ranking_step(found["eval"])}
   lines = []
-  for name in ("pmf", "neumf", "neumf_bfloat16", "mmm"):
+  for name in ("pmf", "neumf", "neumf_bfloat16", "mmm", "ranking"):
+    if name not in found:
+      continue
     step = found[name]
     kind = "bfloat16" if name.endswith("bfloat16") else "float32"
     moving = step["mb"] / found["memory_gb_per_s"]
@@ -111,6 +118,23 @@ def _floor_table(found):
       ]
     )
   return tabulate.markdown_lines(heads, lines)
+
+
+def _ranking_step(ranked):
+  """A block of users against all items, from its sizes alone.
+
+  The least that it moves: vectors once, each score written and read once, as
+  products are not fused with what looks for the best.
+  """
+  dim = get_config(1.0).model.dim
+  scores = BLOCK * ranked["items"]
+  return {
+    "batch_positives": BLOCK,  # users
+    "step_ms": 1000 * ranked["lists_s"] / math.ceil(ranked["users"] / BLOCK),
+    "mb": 4 * (2 * scores + dim * (BLOCK + ranked["items"])) / 1e6,
+    "gflop": 2 * dim * scores / 1e9,
+    **{key: ranked[key] for key in ("busy_share",) if key in ranked},
+  }
 
 
 # --- the device -------------------------------------------------------------
@@ -363,7 +387,7 @@ NEUMF = types.SimpleNamespace(
 
 def full_evaluation(flags):
   """`full`, all metrics, of the test part, what was trained on left out."""
-  config = get_config(flags.scale, eval__user_block=1024)
+  config = get_config(flags.scale, eval__user_block=BLOCK)
   run = made_up_run(config, flags.scale, parts=(0.7, 0.1, 0.2))
   best = scoring.snapshot(assemble.initial_state(run), -np.inf)
   score = lambda: scoring.score_protocols(run, best, ("test",), ("full",))

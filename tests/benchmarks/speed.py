@@ -53,7 +53,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
   parser.add_argument("--manual_dir", default="", help="microlens=DIR")
-  parser.add_argument("--only", default="", help=f"of {', '.join(MEASURED)}")
+  add_only(parser, MEASURED)
   parser.add_argument("--table", type=pathlib.Path, help="JSON file to print")
   parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
   flags = parser.parse_args()
@@ -66,12 +66,30 @@ def main():
   measure(MEASURED, flags)
 
 
+def add_only(parser, measured) -> None:
+  """Adds `--only`, names of figures between commas; by default all of them."""
+
+  def names(text):
+    found = text.split(",")
+    if not set(found) <= set(measured):
+      raise argparse.ArgumentTypeError(
+        f"found {text!r}, wanted names of {', '.join(measured)}"
+      )
+    return found
+
+  parser.add_argument(
+    "--only",
+    type=names,
+    default=list(measured),
+    help=f"of {', '.join(measured)}",
+  )
+
+
 def measure(measured: dict, flags) -> None:
-  """Takes the figures that `--only` names, or all, and writes `--out`."""
+  """Takes the figures that `--only` names and writes `--out`."""
   command.cache_compilations("~/.cache/mmm_jax")
-  wanted = flags.only.split(",") if flags.only else list(measured)
   found = {}
-  for name in wanted:
+  for name in flags.only:
     start = time.perf_counter()
     values = measured[name](flags)
     seconds = time.perf_counter() - start
