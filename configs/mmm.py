@@ -286,9 +286,9 @@ def tiktok(c):
 
 
 def microlens_pmf(c):
-  """`pmf` on MicroLens: where its own study is to start.
+  """`pmf` on MicroLens at its own best.
 
-  With the priors that MMM's first trials had; not searched yet.
+  Trial 0 of tests/results/studies/microlens_pmf.journal, where its search began.
   """
   microlens(c)
   pmf(c)

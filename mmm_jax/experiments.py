@@ -12,7 +12,8 @@ python -m mmm_jax.experiments table --study=FILE,FILE [--into=FILE.md]
 To be run from the repository's root. A trial of a search is validated and
 never tested; the same command goes on with its study. A cell of a sweep is a
 normal run of `mmm_jax.main` in its own folder; a finished one leaves its record
-in tests/results/<sweep>/, and `table` needs nothing else.
+in tests/results/<sweep>/, and `table` needs nothing else. What two sweeps have
+in common is run once.
 """
 
 import hashlib
@@ -234,6 +235,11 @@ def _run():
     if _is_recorded(cell, config, now):
       print(f"{cell.line}: recorded already", file=sys.stderr)
       continue
+    same = _find_same(config, now)
+    if same is not None:
+      print(f"{cell.line}: recorded as {same}", file=sys.stderr)
+      _copy_record(same, cell)
+      continue
     print(cell.line, file=sys.stderr)
     # A folder for each config: a cell that was changed starts anew.
     name = f"{cell.number}-{hash_config(config)[:12]}"
@@ -262,11 +268,30 @@ def _record_path(sweep, number) -> pathlib.Path:
 def _is_recorded(cell, config, now) -> bool:
   """Whether a record is there, of the same config, data and split (`now`)."""
   path = _record_path(_SWEEP.value, cell.number)
-  if not path.exists():
-    return False
-  record = files.read_json(path)
+  return path.exists() and _is_of(files.read_json(path), config, now)
+
+
+def _is_of(record, config, now) -> bool:
   wanted = {"config": hash_config(config), **now}
   return all(record["hashes"][name] == wanted[name] for name in wanted)
+
+
+def _find_same(config, now) -> pathlib.Path | None:
+  """The record of another sweep's cell that is the same run."""
+  for path in sorted(_RESULTS.glob("*/*.json")):
+    other = path.parent.name != _SWEEP.value
+    if other and _is_of(files.read_json(path), config, now):
+      return path
+  return None
+
+
+def _copy_record(path, cell):
+  """Records for a cell what is recorded for the same run."""
+  own = _record_path(_SWEEP.value, cell.number)
+  own.parent.mkdir(parents=True, exist_ok=True)
+  with files.atomic(own.with_suffix(".npy")) as file:
+    file.write(path.with_suffix(".npy").read_bytes())
+  files.write_json(own, files.read_json(path) | cell._asdict())
 
 
 def _train(cell, config, workdir):

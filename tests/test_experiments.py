@@ -304,6 +304,15 @@ def test_a_cell_is_run_once_recorded_and_tabled(root):
 
   again = call(root, "run")
   assert again.code == 0 and "recorded already" in again.err
+  # A cell of another sweep may be the same run.
+  other = folder.rename(folder.with_name("other"))
+  taken = call(root, "run")
+  assert (
+    taken.code == 0 and "recorded as tests/results/other/0.json" in taken.err
+  )
+  for name in ("0.json", "0.npy"):
+    assert (folder / name).read_bytes() == (other / name).read_bytes()
+  shutil.rmtree(other)
   readme = root / "README.md"
   readme.write_text("a\n<!-- table: short -->\nold\n<!-- end -->\nb\n")
   assert call(root, "table", "--into=README.md").code == 0
