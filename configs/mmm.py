@@ -288,7 +288,7 @@ def tiktok(c):
 def microlens_pmf(c):
   """`pmf` on MicroLens at its own best.
 
-  Trial 0 of tests/results/studies/microlens_pmf.journal, where its search began.
+  Trial 0 of tests/results/studies/microlens_pmf.journal, its first.
   """
   microlens(c)
   pmf(c)

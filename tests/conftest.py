@@ -26,9 +26,7 @@ def pytest_configure(config):
   warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def main():
   """A process that runs command lines of `mmm_jax.main`."""
-  warm = runs.Warm("mmm_jax.main")
-  yield warm
-  warm.close()
+  return runs.warm("mmm_jax.main")

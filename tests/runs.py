@@ -230,6 +230,14 @@ class Warm:
     self._process.stdout.close()
 
 
+@functools.cache
+def warm(module: str) -> Warm:
+  """The one of a module that all tests share."""
+  process = Warm(module)
+  atexit.register(process.close)
+  return process
+
+
 def _serve(name):
   module = importlib.import_module(name)
   from mmm_jax import command

@@ -31,9 +31,7 @@ PROTOCOLS = ("full", "pooled_1024", "sampled_100")
 
 @pytest.fixture(scope="module")
 def recommend():
-  warm = runs.Warm("mmm_jax.recommend")
-  yield warm
-  warm.close()
+  return runs.warm("mmm_jax.recommend")
 
 
 @pytest.fixture(scope="module")

@@ -279,7 +279,8 @@ def root(tmp_path):
 
 
 def call(root, *arguments):
-  return runs.run("mmm_jax.experiments", *arguments, "--sweep=short", cwd=root)
+  run = runs.warm("mmm_jax.experiments")
+  return run(*arguments, "--sweep=short", cwd=root)
 
 
 def test_a_cell_is_run_once_recorded_and_tabled(root):
@@ -369,7 +370,7 @@ def test_a_stopped_sweep_lets_its_run_save(root):
 def test_wrong_arguments_are_one_message(root, arguments, words):
   if "--sweep=shrt" not in arguments:
     arguments = [*arguments, "--sweep=short"]
-  done = runs.run("mmm_jax.experiments", *arguments, cwd=root)
+  done = runs.warm("mmm_jax.experiments")(*arguments, cwd=root)
   assert done.code == 2
   assert words in done.err and "Traceback" not in done.err
 

@@ -193,7 +193,9 @@ def test_what_one_process_finds_wrong_ends_all(tmp_path):
 
 def test_an_error_of_one_process_is_its_own(tmp_path):
   """One host's files are spoilt while they stream; the other host goes on."""
-  folder = tmp_path / "run"
+  folder, data_dir = tmp_path / "run", tmp_path / "data"
+  data_dir.mkdir()
+  (data_dir / "compiled").symlink_to(runs.data_dir() / "compiled")
   started = start(
     folder,
     "--config.model.sources=visual",
@@ -201,10 +203,10 @@ def test_an_error_of_one_process_is_its_own(tmp_path):
     "--config.parallel.timeout_s=5",
     "--config.epochs=1000",
     variants="tiny,con",
-    own=[f"--config.dataset.data_dir={tmp_path / 'data'}"],
+    own=[f"--config.dataset.data_dir={data_dir}"],
   )
   wait_for_rows(started, folder, 3)
-  (prepared,) = (tmp_path / "data").glob("simulated-*")
+  (prepared,) = data_dir.glob("simulated-*")
   for path in prepared.rglob("*array_record*"):
     os.truncate(path, path.stat().st_size // 2)
   assert codes(started) == [command.STOPPED, command.BAD_INPUT]
