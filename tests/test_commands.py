@@ -1,9 +1,13 @@
 """Bad input ends in one line on stderr, exit code 2 and nothing on disk."""
 
+import errno
+import fcntl
 import os
 
 import pytest
 
+from mmm_jax import errors, files, validate
+from mmm_jax import workdir as folders
 import runs
 
 
@@ -181,6 +185,28 @@ def test_damaged_file_of_a_run(main, data, tmp_path, name):
   (tmp_path / name).write_text("{bad")
   done = main(f"{runs.CONFIG}:tiny", data, f"--workdir={tmp_path}")
   runs.assert_refused(done, str(tmp_path / name), "JSON object")
+
+
+def test_a_run_goes_on_with_what_changes_no_result_and_nothing_else(tmp_path):
+  config = runs.config("tiny")
+  files.write_json(tmp_path / "config.json", validate.plain(config))
+  config.parallel.timeout_s = 600
+  config.dataset.data_dir = "elsewhere"
+  config.checkpoint.every_seconds = 5.0
+  folders.check_config(config, tmp_path)
+  config.weights.user = 0.25
+  with pytest.raises(errors.InputError, match="weights.user: 0.01 there, 0.25"):
+    folders.check_config(config, tmp_path)
+
+
+def test_file_systems_without_locks_are_refused(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr(fcntl, "flock", refuse)
+  refused = pytest.raises(errors.InputError, match="No locks available; choose")
+  with refused, folders.locked(tmp_path / "run"):
+    pass
 
 
 def test_data_dir_that_cannot_be_written(main, tmp_path):
