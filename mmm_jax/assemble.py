@@ -65,7 +65,7 @@ def assemble(config) -> Run:
   Raises:
     errors.InputError: data or config are wrong; the message says where.
   """
-  dataset = base.load(config.dataset, config.split)
+  dataset = base.load(config.dataset, config.split, parallel)
   return parallel.together(lambda: _split_and_build(config, dataset))
 
 

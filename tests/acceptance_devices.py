@@ -8,7 +8,7 @@ continue that once on 1 device and once in 2 processes of 2 devices. Compares
 every run with the first one: all losses of the first 50 steps, in which the
 stop falls, and all `full` metrics at the end. Prints the largest differences
 and exits with 1 if one is too large. On two cores that others used as well it
-took 80 minutes; in the same --folder it continues where it was stopped.
+took 35 minutes; in the same --folder it continues where it was stopped.
 """
 
 import argparse

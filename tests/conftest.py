@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import warnings
 
 import jax
@@ -19,6 +20,11 @@ jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 # Small programs, too: a test waits for hundreds of them.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# A shell starts what is to go on in the background deaf to Ctrl-C; the commands
+# that tests start must not inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):

@@ -18,8 +18,8 @@ _PATIENCE_S = 240  # until a session has got somewhere, on a busy machine
 LOST = "another process of this run is gone"
 
 
-def start(folder, *arguments, variants="tiny", processes=2, **options):
-  """All processes of a short run."""
+def start(folder, *arguments, variants="tiny,pmf", processes=2, **options):
+  """All processes of a short run; each compiles it, so it is a small one."""
   return runs.start_together(
     folder,
     f"{runs.CONFIG}:{variants}",
@@ -39,7 +39,10 @@ def alone(tmp_path_factory):
   """The run of one process on one device."""
   folder = tmp_path_factory.mktemp("processes") / "alone"
   done = runs.run(
-    "mmm_jax.main", f"{runs.CONFIG}:tiny", *runs.SHORT, f"--workdir={folder}"
+    "mmm_jax.main",
+    f"{runs.CONFIG}:tiny,pmf",
+    *runs.SHORT,
+    f"--workdir={folder}",
   )
   assert done.code == command.OK, done.err
   return folder
@@ -62,27 +65,26 @@ def assert_same_run(folder, other):
       assert found["full"][part][name] == pytest.approx(value, abs=1e-3)
 
 
-def test_processes_and_devices_may_change_during_a_run(tmp_path):
-  """Four processes, then eight devices, then two processes of two."""
-  # A small program, as each process compiles it for itself.
-  begin = functools.partial(start, variants="tiny,pmf")
-  alone, folder = tmp_path / "alone", tmp_path / "several"
-  assert codes(begin(alone, processes=1)) == [command.OK]
+def test_processes_and_devices_may_change_during_a_run(alone, tmp_path):
+  """Two processes, then eight devices, then two processes of two.
 
-  started = begin(folder, processes=4)
+  More, longer, and of the full model: tests/acceptance_devices.py.
+  """
+  folder = tmp_path / "several"
+  started = start(folder)
   wait_for_rows(started, folder, 3)
   started[1].send_signal(signal.SIGTERM)  # and not the first
-  assert codes(started) == [command.STOPPED] * 4
+  assert codes(started) == [command.STOPPED] * 2
   assert "the same command continues" in runs.said(folder, 0)
 
   count = len(runs.rows(folder)) + 1
-  started = begin(folder, processes=1, devices=8)
+  started = start(folder, processes=1, devices=8)
   wait_for_rows(started, folder, count)
   started[0].send_signal(signal.SIGTERM)
   assert codes(started) == [command.STOPPED]
 
   before = len(runs.said(folder, 1))
-  assert codes(begin(folder, devices=2)) == [command.OK, command.OK]
+  assert codes(start(folder, devices=2)) == [command.OK, command.OK]
   assert_same_run(folder, alone)
   # The first one alone says and writes what there is to say.
   assert "pooled_1024" in runs.said(folder, 0)
@@ -119,7 +121,7 @@ def test_the_first_process_speaks_for_all(tmp_path):
 
 def test_processes_with_another_config_are_refused(tmp_path):
   folder = tmp_path / "run"
-  started = start(folder, variants="tiny,pmf", own=["--config.seed=5"])
+  started = start(folder, own=["--config.seed=5"])
   assert codes(started) == [command.BAD_INPUT] * 2
   for number in range(2):
     assert "differ in their config" in runs.said(folder, number)
@@ -181,7 +183,6 @@ def test_what_one_process_finds_wrong_ends_all(tmp_path):
   (tmp_path / "file").touch()
   started = start(
     tmp_path / "run",
-    variants="tiny,pmf",
     own=[f"--config.dataset.data_dir={tmp_path / 'file'}"],
   )
   assert codes(started) == [command.BAD_INPUT] * 2

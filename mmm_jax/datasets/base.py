@@ -22,7 +22,7 @@ import pathlib
 
 import numpy as np
 
-from mmm_jax import errors, parallel
+from mmm_jax import errors
 from mmm_jax.datasets import networks, rawfiles, splits
 from mmm_jax.datasets import records as records_lib
 
@@ -155,7 +155,7 @@ class Dataset:
     return len(self.items)
 
 
-def load(config, split=None) -> Dataset:
+def load(config, split=None, processes=records_lib.Alone) -> Dataset:
   """Prepares a set if needed, reads it and applies the core filter.
 
   Args:
@@ -164,15 +164,16 @@ def load(config, split=None) -> Dataset:
       the set's own options under its name, where it has any.
     split: `split` of the run's config; None = `auto`. The set's own split and
       one from a file are taken as they stand, without a further core.
+    processes: `mmm_jax.parallel` where a run may have several; all call this.
 
   Raises:
     InputError: unknown name, wrong raw files, a data_dir without room.
   """
   module = _module(config.name)
-  folder = parallel.together(lambda: _prepare(module, config))
-  about, users, items, source = records_lib.read(folder)
+  folder = processes.together(lambda: _prepare(module, config))
+  about, users, items, source = records_lib.read(folder, processes)
   edges = _edges(users)
-  keep, core = parallel.together(
+  keep, core = processes.together(
     lambda: _select(edges, users, items, config, split)
   )
   dataset = _assemble(

@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from mmm_jax import errors, parallel
+from mmm_jax import errors
 
 if TYPE_CHECKING:
   from mmm_jax.datasets import base
@@ -430,11 +430,29 @@ def _decode(field, feature):
   return texts if feature.shape else texts[0]
 
 
-def read(folder: pathlib.Path) -> tuple[dict, dict, dict, Source]:
+class Alone:
+  """One process, in the words that `mmm_jax.parallel` has for several."""
+
+  @staticmethod
+  def together(action):
+    return action()
+
+  @staticmethod
+  def by_parts(read, count):
+    return read(range(count))
+
+
+def read(
+  folder: pathlib.Path, processes=Alone
+) -> tuple[dict, dict, dict, Source]:
   """What a load needs of a prepared set.
 
   Of several processes each reads a part of the records, and has the others'
   from the processes that read them.
+
+  Args:
+    folder: as `prepare` leaves it.
+    processes: `mmm_jax.parallel` where a run may have several.
 
   Returns:
     The content of set.json; the columns of users and of items, {feature:
@@ -452,11 +470,11 @@ def read(folder: pathlib.Path) -> tuple[dict, dict, dict, Source]:
       items = Source(folder, "items", name, skip=vectors)
       return about, users, items, Source(folder, "items", name, only=vectors)
 
-  about, users, items, vectors = parallel.together(begin)
+  about, users, items, vectors = processes.together(begin)
   return (
     about,
-    parallel.by_parts(users.columns, len(users)),
-    parallel.by_parts(items.columns, len(items)),
+    processes.by_parts(users.columns, len(users)),
+    processes.by_parts(items.columns, len(items)),
     vectors,
   )
 
