@@ -21,7 +21,8 @@ read_arguments() {
 
 # Prints what stands at the head of the launcher.
 explain() {
-  [[ -e $0 ]] || cd "$OLDPWD" || exit # the launcher may have gone to another folder
+  # The launcher may have gone to another folder.
+  [[ -e $0 ]] || cd "$OLDPWD" || exit
   awk 'NR > 1 { if (!/^#/) exit; if (sub(/^# ?/, "") && !/^SBATCH/) print }' "$0"
 }
 

@@ -232,10 +232,11 @@ def _run():
     dataset = base.load(config.dataset, config.split)
     split = splits.make(dataset, config.split)
     now = {"data": dataset.fingerprint, "split": split.fingerprint}
-    if _is_recorded(cell, config, now):
+    wanted = {"config": hash_config(config), **now}
+    if _is_recorded(cell, wanted):
       print(f"{cell.line}: recorded already", file=sys.stderr)
       continue
-    same = _find_same(config, now)
+    same = _find_same(wanted)
     if same is not None:
       print(f"{cell.line}: recorded as {same}", file=sys.stderr)
       _copy_record(same, cell)
@@ -265,22 +266,21 @@ def _record_path(sweep, number) -> pathlib.Path:
   return _RESULTS / sweep / f"{number}.json"
 
 
-def _is_recorded(cell, config, now) -> bool:
-  """Whether a record is there, of the same config, data and split (`now`)."""
+def _is_recorded(cell, wanted) -> bool:
+  """Whether a record is there, with the `wanted` hashes."""
   path = _record_path(_SWEEP.value, cell.number)
-  return path.exists() and _is_of(files.read_json(path), config, now)
+  return path.exists() and _is_of(files.read_json(path), wanted)
 
 
-def _is_of(record, config, now) -> bool:
-  wanted = {"config": hash_config(config), **now}
+def _is_of(record, wanted) -> bool:
   return all(record["hashes"][name] == wanted[name] for name in wanted)
 
 
-def _find_same(config, now) -> pathlib.Path | None:
+def _find_same(wanted) -> pathlib.Path | None:
   """The record of another sweep's cell that is the same run."""
   for path in sorted(_RESULTS.glob("*/*.json")):
     other = path.parent.name != _SWEEP.value
-    if other and _is_of(files.read_json(path), config, now):
+    if other and _is_of(files.read_json(path), wanted):
       return path
   return None
 

@@ -45,7 +45,7 @@ def assert_same(engine, other, changes):
   )
 
 
-@pytest.mark.parametrize("engine", [(8, "mesh"), (8, "pmap")])
+@pytest.mark.parametrize("engine", [(2, "mesh"), (8, "mesh"), (8, "pmap")])
 def test_one_device_is_several(engine):
   assert_same((1, "mesh"), engine, ("full",))
 

@@ -128,12 +128,11 @@ def _ranking_step(ranked):
   """
   dim = get_config(1.0).model.dim
   scores = BLOCK * ranked["items"]
-  return {
+  return ranked | {
     "batch_positives": BLOCK,  # users
     "step_ms": 1000 * ranked["lists_s"] / math.ceil(ranked["users"] / BLOCK),
     "mb": 4 * (2 * scores + dim * (BLOCK + ranked["items"])) / 1e6,
     "gflop": 2 * dim * scores / 1e9,
-    **{key: ranked[key] for key in ("busy_share",) if key in ranked},
   }
 
 
