@@ -7,6 +7,7 @@ Legend: N items, k the longest list, n lists, C candidates of a list.
 and one path from lists to metrics.
 """
 
+from concurrent import futures
 import functools
 import itertools
 from typing import NamedTuple
@@ -25,7 +26,7 @@ KNOWN = {"valid": ("train",), "test": ("train", "valid")}
 # Upper ends of the first two strata, in training interactions.
 USER_STRATA = (5, 20)
 ITEM_STRATA = (2, 10)
-_MARKED_ROWS = 256  # lists whose relevant items are marked at a time
+_BLOCK = 8192  # lists that a thread takes at a time
 _TABLE_KEYS = ("user", "protocol", "part")
 
 
@@ -133,16 +134,28 @@ def _found(items, relevant: candidates.Csr):
   """Which of the ranked items [n, k] are relevant to their list."""
   largest = max(items.max(initial=0), relevant.indices.max(initial=0))
   # One column behind all items: for the places of short lists, which hold -1.
-  marked = np.zeros((_MARKED_ROWS, largest + 2), bool)
-  hits = np.empty(items.shape, bool)
-  for first in range(0, len(items), _MARKED_ROWS):
-    block = items[first : first + _MARKED_ROWS]
-    rows = np.arange(first, first + len(block))
+  width = int(largest) + 2
+
+  def look_up(rows):
     row, _, item = candidates.entries(relevant, rows)
-    marked[row, item] = True
-    hits[rows] = np.take_along_axis(marked[: len(block)], block, axis=1)
-    marked[row, item] = False
-  return hits
+    pairs = row * width + item  # ascending
+    wanted = np.arange(len(rows))[:, None] * width + items[rows]
+    nearest = np.append(pairs, -2)[np.searchsorted(pairs, wanted)]
+    return {"hits": nearest == wanted}
+
+  return _by_blocks(look_up, len(items))["hits"]
+
+
+def _by_blocks(function, num_lists):
+  """`function(rows)`, a dict of arrays, of all lists, a block a thread.
+
+  NumPy lets go of the interpreter's lock, so all cores work.
+  """
+  lists = np.arange(num_lists)
+  blocks = np.split(lists, range(_BLOCK, num_lists, _BLOCK))
+  with futures.ThreadPoolExecutor() as threads:
+    values = list(threads.map(function, blocks))
+  return _stacked(values)
 
 
 def _per_user(ranked: Ranked, names, cutoffs, *, stratum=None):
@@ -151,12 +164,19 @@ def _per_user(ranked: Ranked, names, cutoffs, *, stratum=None):
   With `stratum` (bool [N]) only the test items in it count as relevant; a
   user who has none is NaN.
   """
-  hits, relevant = ranked.hits, ranked.relevant
+  relevant = ranked.relevant
   wanted = np.ones(len(relevant.indices), bool)
   if stratum is not None:
-    hits, wanted = hits & stratum[ranked.items], stratum[relevant.indices]
+    wanted = stratum[relevant.indices]
   count = np.diff(np.append(0, wanted.cumsum())[relevant.indptr])
-  values = metrics.at_cutoffs(hits, count, names=names, cutoffs=cutoffs)
+
+  def measure(rows):
+    hits = ranked.hits[rows]
+    if stratum is not None:
+      hits = hits & stratum[ranked.items[rows]]
+    return metrics.at_cutoffs(hits, count[rows], names=names, cutoffs=cutoffs)
+
+  values = _by_blocks(measure, len(count))
   first = np.flatnonzero(np.diff(ranked.user, prepend=-1))
   users = ranked.user[first]
   if len(users) == len(ranked.user):
