@@ -16,8 +16,8 @@ _BLOCK = 4096  # items whose content is read at a time
 def make_clustering(run: assemble.Run, engine: parallel.Engine):
   """Functions that seed the categories and that follow them by Lloyd passes.
 
-  Each maps a replicated state to (state, kmeans.Clustering); all devices
-  compute the same.
+  Each maps a replicated state, and the first one `key`, to (state,
+  kmeans.Clustering); all devices compute the same.
   """
   settings, control = run.config.kmeans, run.config.controls.categories
   num_clusters = run.config.num_categories
@@ -27,9 +27,9 @@ def make_clustering(run: assemble.Run, engine: parallel.Engine):
     iterations=settings.seeding_iterations,
     block=settings.block,
   )
-  branch = jax.random.fold_in(jax.random.key(run.config.seed), sampling.PAD - 2)
   if num_clusters and control == "content":
-    content = kmeans.fit(branch, content_vectors(run), **start).assignment
+    rng = jax.random.wrap_key_data(key(run.config))
+    content = kmeans.fit(rng, content_vectors(run), **start).assignment
 
   def renew(state, found):
     return state.replace(
@@ -38,11 +38,9 @@ def make_clustering(run: assemble.Run, engine: parallel.Engine):
       )
     ), found
 
-  def seed(state):
-    rng, rows = (
-      jax.random.fold_in(branch, state.step),
-      state.tables["item"].rows,
-    )
+  def seed(state, key):
+    rng = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
+    rows = state.tables["item"].rows
     found = kmeans.fit(rng, rows, **start)
     if control == "random":
       found = given(rows, jax.random.permutation(rng, found.assignment))
@@ -71,11 +69,17 @@ def make_clustering(run: assemble.Run, engine: parallel.Engine):
       ),
     )
 
-  whole = parallel.REPLICATED
-  mapped = lambda function: engine.map(
-    function, (whole,), (whole, whole), donate=(0,)
+  whole, host = parallel.REPLICATED, parallel.HOST
+  mapped = lambda function, *inputs: engine.map(
+    function, inputs, (whole, whole), donate=(0,)
   )
-  return mapped(seed), mapped(follow)
+  return mapped(seed, whole, host), mapped(follow, whole)
+
+
+def key(config) -> np.ndarray:
+  """What the seeding of categories draws from, [2] uint32 (host)."""
+  branch = jax.random.fold_in(jax.random.key(config.seed), sampling.PAD - 2)
+  return np.asarray(jax.random.key_data(branch))
 
 
 def content_vectors(run: assemble.Run) -> jax.Array:

@@ -23,7 +23,7 @@ PAD = np.iinfo(np.int32).max
 _STREAMS = 6  # at most: interactions, users, four bins of items
 
 # Every use of randomness has its own branch of the seed.
-_SHUFFLE, _NEGATIVES, _SHARED, _NEIGHBOURS = range(4)
+_USES = _SHUFFLE, _NEGATIVES, _SHARED, _NEIGHBOURS = range(4)
 
 
 class Stream(NamedTuple):
@@ -38,6 +38,20 @@ class Adjacency(NamedTuple):
 
   indptr: jax.Array  # [rows + 1] int32
   indices: jax.Array  # [edges] int32
+
+
+def branches(seed: int) -> jax.Array:
+  """A key for every use of randomness, [uses, 2] uint32.
+
+  A run's data and no part of its programs, which so are compiled once for all
+  seeds.
+  """
+  branch = lambda use: jax.random.fold_in(jax.random.key(seed), use)
+  return jax.random.key_data(jax.vmap(branch)(jnp.arange(len(_USES))))
+
+
+def _key(keys: jax.Array, use: int) -> jax.Array:
+  return jax.random.wrap_key_data(keys[use])
 
 
 def deal(seed: int, num_shards: int, **ids: np.ndarray) -> Stream:
@@ -60,7 +74,7 @@ def epoch_order(
   shard: jax.Array,
   *,
   name: int,
-  seed: int,
+  keys: jax.Array,
   epoch: jax.Array,
   num_shards: int,
   steps: int,
@@ -73,7 +87,7 @@ def epoch_order(
     stream: the ids, [S, P].
     shard: numbers of this device's shards, [S].
     name: tells the streams of one run apart.
-    seed: of the run.
+    keys: `branches` of the run.
     epoch: number of finished epochs.
     num_shards: data shards on all devices.
     steps: steps in an epoch.
@@ -86,8 +100,8 @@ def epoch_order(
     occurs exactly once.
   """
   places = next(iter(stream.ids.values())).shape[1]
-  key = jax.random.fold_in(jax.random.key(seed), _SHUFFLE)
-  key = jax.random.fold_in(jax.random.fold_in(key, name), epoch)
+  key = jax.random.fold_in(_key(keys, _SHUFFLE), name)
+  key = jax.random.fold_in(key, epoch)
 
   def order_of_shard(number, count):
     bits = jax.random.bits(jax.random.fold_in(key, number), (places,))
@@ -170,7 +184,7 @@ def negatives(
   shard: jax.Array,
   seen: Adjacency,
   *,
-  seed: int,
+  keys: jax.Array,
   step: jax.Array,
   count: int,
   num_items: int,
@@ -184,7 +198,7 @@ def negatives(
     places: [S, W] places of the examples in their shards.
     shard: [S] shard numbers.
     seen: sorted training items of every user.
-    seed: of the run.
+    keys: `branches` of the run.
     step: finished updates.
     count: negatives of an example, n.
     num_items: N.
@@ -195,7 +209,7 @@ def negatives(
   Returns:
     [S, W, n] int32, uniform over the user's unseen items.
   """
-  key = jax.random.fold_in(jax.random.key(seed), _NEGATIVES)
+  key = _key(keys, _NEGATIVES)
   shape = (*user.shape, count)
   if resample:
     key, places = jax.random.fold_in(key, step), jnp.arange(user.shape[1])
@@ -212,11 +226,11 @@ def negatives(
 
 
 def shared_negatives(
-  *, seed: int, step: jax.Array, count: int, num_items: int
+  *, keys: jax.Array, step: jax.Array, count: int, num_items: int
 ) -> jax.Array:
   """[n'] items, uniform with replacement, the same on every device."""
-  key = jax.random.fold_in(jax.random.key(seed), _SHARED)
-  bits = jax.random.bits(jax.random.fold_in(key, step), (count,))
+  key = jax.random.fold_in(_key(keys, _SHARED), step)
+  bits = jax.random.bits(key, (count,))
   return bounded(bits, num_items)
 
 
@@ -247,7 +261,7 @@ def neighbours(
   user: jax.Array,
   network: Adjacency,
   *,
-  seed: int,
+  keys: jax.Array,
   number: int,
   epoch: jax.Array,
   cap: int,
@@ -261,7 +275,7 @@ def neighbours(
   Args:
     user: [B], PAD for nobody.
     network: neighbour lists, shuffled.
-    seed: of the run.
+    keys: `branches` of the run.
     number: tells the networks apart.
     epoch: finished epochs.
     cap: most neighbours in a mean.
@@ -269,8 +283,8 @@ def neighbours(
   Returns:
     [B, cap] int32.
   """
-  key = jax.random.fold_in(jax.random.key(seed), _NEIGHBOURS)
-  key = jax.random.fold_in(jax.random.fold_in(key, number), epoch)
+  key = jax.random.fold_in(_key(keys, _NEIGHBOURS), number)
+  key = jax.random.fold_in(key, epoch)
   draw = scramble(user.astype(jnp.uint32) ^ jax.random.bits(key, ()))
   return _window(user, network, draw, cap)
 

@@ -55,6 +55,7 @@ class Shards(NamedTuple):
   """The streams, dealt to data shards: leading axis S."""
 
   number: jax.Array  # [S]
+  keys: jax.Array  # [S, uses, 2], the same ones in every shard
   interactions: sampling.Stream  # ids "user", "item"
   items: sampling.Stream  # ids "item", bin behind bin; count [S, bins]
   users: sampling.Stream  # ids "user"
@@ -162,6 +163,7 @@ def build(
   items = [deal(item=own) for _, own in _cut(lengths, num_items, width)]
   shards = Shards(
     number=np.arange(config.data_shards, dtype=np.int32),
+    keys=np.stack([sampling.branches(config.seed)] * config.data_shards),
     interactions=deal(user=user, item=item),
     items=sampling.Stream(
       {"item": np.concatenate([part.ids["item"] for part in items], axis=1)},
@@ -280,7 +282,7 @@ def _adjacency(indptr, indices) -> sampling.Adjacency:
   return sampling.Adjacency(indptr.astype(np.int32), indices)
 
 
-def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes, seed: int) -> Plan:
+def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes) -> Plan:
   """Order of this device's shards in an epoch."""
 
   def order(stream, name, width, packed):
@@ -288,7 +290,7 @@ def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes, seed: int) -> Plan:
       stream,
       shards.number,
       name=name,
-      seed=seed,
+      keys=shards.keys[0],
       epoch=epoch,
       num_shards=sizes.num_shards,
       steps=sizes.steps,
@@ -350,7 +352,7 @@ def draw_batch(
   stream_user = sampling.take(shards.users, places.users)["user"].reshape(-1)
   window = functools.partial(
     sampling.neighbours,
-    seed=config.seed,
+    keys=shards.keys[0],
     epoch=epoch,
     cap=config.network.neighbour_cap,
   )
@@ -413,7 +415,7 @@ def _words(tokens, item, bins):
 def _negatives(user, places, shards, shared, step, sizes, config):
   if config.interaction_loss == "softmax":
     return sampling.shared_negatives(
-      seed=config.seed,
+      keys=shards.keys[0],
       step=step,
       count=config.losses.softmax.shared_negatives,
       num_items=sizes.num_items,
@@ -423,7 +425,7 @@ def _negatives(user, places, shards, shared, step, sizes, config):
     places,
     shards.number,
     shared.seen,
-    seed=config.seed,
+    keys=shards.keys[0],
     step=step,
     count=config.negatives.per_positive,
     num_items=sizes.num_items,

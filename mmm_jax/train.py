@@ -111,7 +111,7 @@ class Trainer:
     run, engine = self.run, self.engine
     part = parallel.SHARDED
     self._plan = engine.map(
-      functools.partial(streams.plan, sizes=run.sizes, seed=self.config.seed),
+      functools.partial(streams.plan, sizes=run.sizes),
       (part, parallel.HOST),
       part,
     )
@@ -271,8 +271,10 @@ class Trainer:
   def cluster(self, epoch: int) -> dict:
     before = np.array(self.engine.first(self.state).categories.assignment)
     warm = epoch > self.config.kmeans.warmup_epochs
-    renew = self._follow if warm else self._seed
-    self.state, found = renew(self.state)
+    if warm:
+      self.state, found = self._follow(self.state)
+    else:
+      self.state, found = self._seed(self.state, clustering.key(self.config))
     found = jax.device_get(self.engine.first(found))
     return clustering.describe_clusters(
       found, before, self.run.dataset.category

@@ -14,7 +14,8 @@ def categories(control, data, variant="full"):
   run = toy.make_run(config, data)
   engine = toy.make_engine()
   seed, follow = clustering.make_clustering(run, engine)
-  state, first = seed(engine.replicate(toy.Session(run).state))
+  state = engine.replicate(toy.Session(run).state)
+  state, first = seed(state, clustering.key(config))
   first = jax.device_get(first)
   # The items move: learnt categories would follow them.
   rows = np.random.default_rng(5).standard_normal((60, 8))

@@ -44,7 +44,7 @@ def train_chunk(dtype):
   session = toy.Session(run)
   shards, shared = engine.shard(run.shards), engine.replicate(run.shared)
   plan = engine.map(
-    functools.partial(streams.plan, sizes=run.sizes, seed=config.seed),
+    functools.partial(streams.plan, sizes=run.sizes),
     (parallel.SHARDED, parallel.HOST),
     parallel.SHARDED,
   )
@@ -67,7 +67,9 @@ def categories(name):
   engine = toy.make_engine()
   seed, follow = clustering.make_clustering(run, engine)
   state = engine.replicate(toy.Session(run).state)
-  return {"seed": seed, "follow": follow}[name], (state,)
+  if name == "seed":
+    return seed, (state, clustering.key(run.config))
+  return follow, (state,)
 
 
 def scorer():

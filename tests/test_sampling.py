@@ -15,6 +15,7 @@ from mmm_jax import sampling
 
 PAD = sampling.PAD
 USERS, ITEMS = 4, 10
+KEYS = sampling.branches(0)
 # With fixed seeds a test either always fails or never; this is how unlikely
 # the draws have to be to make it fail.
 UNLIKELY = 1e-4
@@ -107,7 +108,7 @@ def draw_negatives(user, places, seen, step, *, resample, count):
     places,
     jnp.arange(len(user)),
     seen,
-    seed=0,
+    keys=KEYS,
     step=step,
     count=count,
     num_items=ITEMS,
@@ -184,7 +185,9 @@ def test_negatives_are_drawn_once_or_in_each_epoch():
 
 def test_shared_negatives_are_uniform_and_a_function_of_seed_and_step():
   draw = lambda seed, step: np.asarray(
-    sampling.shared_negatives(seed=seed, step=step, count=20_000, num_items=11)
+    sampling.shared_negatives(
+      keys=sampling.branches(seed), step=step, count=20_000, num_items=11
+    )
   )
   assert is_uniform(draw(0, 5), 11)
   assert (draw(0, 5) == draw(0, 5)).all()
@@ -217,7 +220,7 @@ def test_deal_gives_everything_to_one_shard_in_equal_parts(size):
   assert (np.sort(~real, axis=1) == ~real).all()
 
 
-ORDER = dict(num_shards=4, name=1, seed=0, epoch=np.int32(3))
+ORDER = dict(num_shards=4, name=1, keys=KEYS, epoch=np.int32(3))
 
 
 def order_of(stream, shard, **changes):
@@ -271,7 +274,8 @@ def test_orders_differ_between_shards_epochs_streams_and_seeds():
   settings = dict(steps=10, width=10, packed=True)
   first = order_of(stream, range(4), **settings)
   assert (first[0] != first[1]).any()
-  for changes in (dict(epoch=4), dict(name=2), dict(seed=1)):
+  others = dict(epoch=4), dict(name=2), dict(keys=sampling.branches(1))
+  for changes in others:
     assert (order_of(stream, range(4), **settings | changes) != first).any()
   assert (order_of(stream, range(4), **settings) == first).all()
 
@@ -302,9 +306,9 @@ CAP = 5
 
 
 @jax.jit
-def draw_neighbours(user, epoch, seed=0, number=0):
+def draw_neighbours(user, epoch, number=0):
   return sampling.neighbours(
-    user, adjacency(LISTS), seed=seed, number=number, epoch=epoch, cap=CAP
+    user, adjacency(LISTS), keys=KEYS, number=number, epoch=epoch, cap=CAP
   )
 
 
@@ -340,7 +344,7 @@ def test_neighbours_of_different_users_and_networks_are_unrelated():
 
   def offsets(number):
     found = sampling.neighbours(
-      users, adjacency(wide), seed=0, number=number, epoch=2, cap=CAP
+      users, adjacency(wide), keys=KEYS, number=number, epoch=2, cap=CAP
     )
     return np.asarray(found[:, 0])
 

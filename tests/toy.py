@@ -165,7 +165,7 @@ class Session:
       run.content, run.shards.items.ids["item"], self.engine, run.config
     )
     self._plan = self.engine.map(
-      functools.partial(streams.plan, sizes=run.sizes, seed=run.config.seed),
+      functools.partial(streams.plan, sizes=run.sizes),
       (parallel.SHARDED, parallel.HOST),
       parallel.SHARDED,
     )
@@ -253,9 +253,7 @@ def draw_epoch(run, epoch=0, shards=slice(None), tokens=None) -> list[dict]:
   """
   shards = jax.tree.map(lambda x: jax.numpy.asarray(x)[shards], run.shards)
   shared = jax.tree.map(jax.numpy.asarray, run.shared)
-  plan = streams.plan(
-    shards, np.int32(epoch), sizes=run.sizes, seed=run.config.seed
-  )
+  plan = streams.plan(shards, np.int32(epoch), sizes=run.sizes)
 
   content = {}
   if tokens is not None:

@@ -413,7 +413,7 @@ def shapes(config, run, engine):
     lead = (copies, len(x) // copies) if copies else (len(x),)
     return jax.ShapeDtypeStruct((*lead, *x.shape[1:]), x.dtype)
 
-  plan = functools.partial(streams.plan, sizes=run.sizes, seed=config.seed)
+  plan = functools.partial(streams.plan, sizes=run.sizes)
   dealt = {
     "shards": jax.tree.map(np.asarray, run.shards),
     "plan": jax.eval_shape(plan, run.shards, np.int32(0)),
