@@ -71,6 +71,7 @@ def start(folder, processes, devices):
     "--config.parallel.timeout_s=600",  # the machine may be busy
     processes=processes,
     devices=devices,
+    limit_s=PATIENCE_S,
   )
 
 

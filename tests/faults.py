@@ -240,8 +240,9 @@ class Faults:
     kind, damage, moment = fault or (None, False, lambda watch: False)
     resuming = bool(steps(workdir))
     watch = Watch(workdir, self.last_step)
-    sent = self.play(watch, workdir, SIGNALS.get(kind), moment)
-    done = self.main.wait()
+    process = self.main.start(*SMALL, f"--workdir={workdir}")
+    sent = self.play(process, watch, SIGNALS.get(kind), moment)
+    done = process.done()
     self.judge(done, kind if sent else None, watch, workdir)
     self.check_damaged(done, watch, workdir)
     if resuming and watch.start_seconds() is not None:
@@ -253,18 +254,17 @@ class Faults:
       if damage:
         self.damage(workdir)
 
-  def play(self, watch, workdir, number, moment) -> bool:
+  def play(self, process, watch, number, moment) -> bool:
     """Watches a session to its end; whether the signal was sent."""
-    process = self.main.start(*SMALL, f"--workdir={workdir}")
     sent = False
-    with opened(process) as ended:
+    with opened(process.pid) as ended:
       while not ended(_POLL_S):
         watch.look()
         if not sent and watch.locked() and moment(watch):
-          os.kill(process, number)
+          process.send_signal(number)
           sent = True
         if watch.seconds() > _LIMIT_S:
-          os.kill(process, signal.SIGKILL)
+          process.kill()
     self.start_s = watch.start_seconds() or self.start_s
     if not sent and watch.seconds_in(EVALUATION) > 0:
       self.evaluation_s = watch.seconds_in(EVALUATION)
@@ -406,10 +406,10 @@ class Faults:
 
 
 @contextlib.contextmanager
-def opened(process):
+def opened(pid):
   """A function that waits for a process to end, and says whether it has."""
   try:
-    descriptor = os.pidfd_open(process)
+    descriptor = os.pidfd_open(pid)
   except ProcessLookupError:
     yield lambda seconds: True
     return

@@ -85,16 +85,15 @@ def assert_refused(done: Done, *words: str) -> None:
     assert word in message, (word, done.err)
 
 
-def start(
-  module: str, *arguments, cwd=None, devices=1, **streams
-) -> subprocess.Popen:
+def start(module: str, *arguments, cwd=None, **streams) -> subprocess.Popen:
   """Starts `python -m module arguments`; by default its output is dropped."""
   streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | (
     streams
   )
   command = [sys.executable, "-m", module, *map(str, arguments)]
-  env = environment() | {"JAX_NUM_CPU_DEVICES": str(devices)}
-  return subprocess.Popen(command, cwd=cwd or ROOT, env=env, **streams)
+  return subprocess.Popen(
+    command, cwd=cwd or ROOT, env=environment(), **streams
+  )
 
 
 def run(module: str, *arguments, cwd=None) -> Done:
@@ -109,8 +108,8 @@ def run(module: str, *arguments, cwd=None) -> Done:
 
 
 def start_together(
-  folder, *arguments, processes=1, devices=1, own=()
-) -> list[subprocess.Popen]:
+  folder, *arguments, processes=1, devices=1, own=(), limit_s=_LIMIT_S
+) -> list["Child"]:
   """Starts all processes of a run in `folder`; the last one has `own` flags.
 
   What each of them says goes to a file beside it, see `said`.
@@ -125,19 +124,16 @@ def start_together(
       f"--num_processes={processes}",
       f"--process_id={number}",
     )
-    with open(f"{folder}.{number}", "a") as file:
-      started.append(
-        start(
-          "mmm_jax.main",
-          f"--workdir={folder}",
-          *arguments,
-          *(together if processes > 1 else ()),
-          *(own if number == processes - 1 else ()),
-          devices=devices,
-          stdout=file,
-          stderr=file,
-        )
-      )
+    child = warm("mmm_jax.main").start(
+      f"--workdir={folder}",
+      *arguments,
+      *(together if processes > 1 else ()),
+      *(own if number == processes - 1 else ()),
+      devices=devices,
+      said=f"{folder}.{number}",
+      limit_s=limit_s,
+    )
+    started.append(child)
   return started
 
 
@@ -184,10 +180,45 @@ def environment() -> dict[str, str]:
   }
 
 
-class Warm:
-  """A process that waits for command lines of one module.
+class Child:
+  """A command that a `Warm` process runs, much like a `subprocess.Popen`."""
 
-  Calling it runs one to its end; `start` and `wait` leave time in between.
+  def __init__(self, pid: int, folder: tempfile.TemporaryDirectory):
+    self.pid, self._folder = pid, folder
+
+  def poll(self) -> int | None:
+    """The exit code, None as long as it runs."""
+    path = pathlib.Path(self._folder.name) / "code"
+    return int(path.read_text()) if path.exists() else None
+
+  def send_signal(self, number):
+    if self.poll() is None:
+      os.kill(self.pid, number)
+
+  def kill(self):
+    self.send_signal(signal.SIGKILL)
+
+  def wait(self, patience_s=2 * _LIMIT_S) -> int:
+    """The exit code; less than zero is the signal that ended it."""
+    end = time.monotonic() + patience_s
+    while self.poll() is None:
+      if time.monotonic() > end:
+        raise TimeoutError(f"process {self.pid} goes on after {patience_s} s")
+      time.sleep(0.01)
+    return self.poll()
+
+  def done(self) -> Done:
+    """How it ends, and what it has said, if that went to no other file."""
+    code = self.wait()
+    # One that was killed at once has said nothing.
+    paths = [pathlib.Path(self._folder.name) / name for name in "12"]
+    return Done(code, *[p.read_text() if p.exists() else "" for p in paths])
+
+
+class Warm:
+  """A process that forks for every command line of one module.
+
+  Calling it runs one to its end; `start` leaves time in between.
   """
 
   def __init__(self, module: str):
@@ -200,29 +231,24 @@ class Warm:
     )
 
   def __call__(self, *arguments, cwd=None) -> Done:
-    self.start(*arguments, cwd=cwd)
-    return self.wait()
+    return self.start(*arguments, cwd=cwd).done()
 
-  def start(self, *arguments, cwd=None) -> int:
-    """Starts a command; the number of its process."""
-    self._folder = tempfile.TemporaryDirectory()
+  def start(
+    self, *arguments, cwd=None, devices=1, said=None, limit_s=_LIMIT_S
+  ) -> Child:
+    """Starts a command; what it says goes to the file `said`, if given."""
+    folder = tempfile.TemporaryDirectory()
     request = {
       "arguments": list(map(str, arguments)),
       "cwd": str(cwd or ROOT),
-      "folder": self._folder.name,
+      "folder": folder.name,
+      "devices": devices,
+      "said": [str(said or f"{folder.name}/{name}") for name in "12"],
+      "limit_s": limit_s,
     }
     self._process.stdin.write(json.dumps(request) + "\n")
     self._process.stdin.flush()
-    return int(self._process.stdout.readline())
-
-  def wait(self) -> Done:
-    """How the command that was started has ended."""
-    code = int(self._process.stdout.readline())
-    with self._folder as folder:
-      # One that was killed at once has said nothing.
-      paths = [pathlib.Path(folder) / name for name in "12"]
-      said = [path.read_text() if path.exists() else "" for path in paths]
-    return Done(code, *said)
+    return Child(int(self._process.stdout.readline()), folder)
 
   def close(self):
     self._process.stdin.close()
@@ -247,14 +273,25 @@ def _serve(name):
   # What libraries say must not be taken for an answer.
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
+  signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers end by themselves
   for line in sys.stdin:
-    request = json.loads(line)
-    child = os.fork()
-    if not child:
-      _answer(module, command, request)
-    print(child, file=answers, flush=True)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(code, file=answers, flush=True)
+    if not os.fork():
+      _keep(module, command, json.loads(line), answers)
+
+
+def _keep(module, command, request, answers):
+  """Starts the process of a command, and writes down how it ends."""
+  signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+  child = os.fork()
+  if not child:
+    _answer(module, command, request)
+  print(child, file=answers, flush=True)
+  code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  path = pathlib.Path(request["folder"]) / "code"
+  if path.parent.exists():  # or nobody waits any more
+    path.with_suffix(".new").write_text(str(code))
+    path.with_suffix(".new").rename(path)
+  os._exit(0)
 
 
 def _cache_small_programs(command):
@@ -272,11 +309,13 @@ def _cache_small_programs(command):
 
 
 def _answer(module, command, request):
-  signal.alarm(_LIMIT_S)
+  import jax
+
+  signal.alarm(request["limit_s"])
   os.chdir(request["cwd"])
-  for number in (1, 2):
-    path = pathlib.Path(request["folder"]) / str(number)
+  for number, path in enumerate(request["said"], start=1):
     os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+  jax.config.update("jax_num_cpu_devices", request["devices"])
   sys.argv = [module.__file__, *request["arguments"]]
   code = 1
   try:

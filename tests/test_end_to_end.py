@@ -236,14 +236,15 @@ def checkpointed_step(workdir):
 
 def interrupt(workdir, number, *, after):
   """Sends a signal once step `after` is logged and a checkpoint is there."""
-  process = runs.start("mmm_jax.main", *TINY, f"--workdir={workdir}")
+  main = runs.warm("mmm_jax.main")
+  process = main.start(*TINY, f"--workdir={workdir}")
   deadline = time.monotonic() + 200
   while not (checkpointed_step(workdir) and logged_step(workdir) >= after):
-    assert process.poll() is None, f"ended with {process.returncode}"
+    assert process.poll() is None, f"ended with {process.poll()}"
     assert time.monotonic() < deadline
     time.sleep(0.002)
   process.send_signal(number)
-  return process.wait(timeout=60)
+  return process.wait(60)
 
 
 def test_killed_and_resumed_is_uninterrupted(finished, tmp_path):
@@ -485,10 +486,8 @@ def test_several_devices_recommend_what_one_does(finished, recommend, tmp_path):
   one, four = tmp_path / "one.parquet", tmp_path / "four.parquet"
   flags = f"--workdir={workdir}", "--k=5"
   assert recommend(*flags, f"--output={one}").code == 0
-  with runs.start(
-    "mmm_jax.recommend", *flags, f"--output={four}", devices=4
-  ) as process:
-    assert process.wait() == 0
+  several = recommend.start(*flags, f"--output={four}", devices=4)
+  assert several.wait() == 0
   assert parquet.read_table(one).equals(parquet.read_table(four))
 
 

@@ -38,8 +38,7 @@ wait_for_rows = functools.partial(runs.wait_for_rows, patience_s=_PATIENCE_S)
 def alone(tmp_path_factory):
   """The run of one process on one device."""
   folder = tmp_path_factory.mktemp("processes") / "alone"
-  done = runs.run(
-    "mmm_jax.main",
+  done = runs.warm("mmm_jax.main")(
     f"{runs.CONFIG}:tiny,pmf",
     *runs.SHORT,
     f"--workdir={folder}",
@@ -66,15 +65,15 @@ def assert_same_run(folder, other):
 
 
 def test_processes_and_devices_may_change_during_a_run(alone, tmp_path):
-  """Four processes, then eight devices, then two processes of two.
+  """Two processes, then eight devices, then two processes of two.
 
-  More, longer, and of the full model: tests/acceptance_devices.py.
+  Four, longer, and of the full model: tests/acceptance_devices.py.
   """
   folder = tmp_path / "several"
-  started = start(folder, processes=4)
+  started = start(folder)
   wait_for_rows(started, folder, 3)
   started[1].send_signal(signal.SIGTERM)  # and not the first
-  assert codes(started) == [command.STOPPED] * 4
+  assert codes(started) == [command.STOPPED] * 2
   assert "the same command continues" in runs.said(folder, 0)
 
   count = len(runs.rows(folder)) + 1

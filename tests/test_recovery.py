@@ -67,8 +67,8 @@ def interrupt(main, number, ready, *arguments) -> runs.Done:
   """Starts a command and sends it a signal as soon as `ready()`."""
   process = main.start(*arguments)
   wait_until(ready)
-  os.kill(process, number)
-  return main.wait()
+  process.send_signal(number)
+  return process.done()
 
 
 def wait_until(ready):
@@ -211,10 +211,10 @@ def test_workdir_on_a_read_only_disk(main, disk):
 
 def test_workdir_that_becomes_read_only(main, undisturbed, tmp_path):
   place = tmp_path / "checkpoints"
-  main.start(*COMMAND, f"--workdir={tmp_path}")
+  process = main.start(*COMMAND, f"--workdir={tmp_path}")
   wait_until(lambda: has_trained(tmp_path))
   with unchangeable(place):
-    done = main.wait()
+    done = process.done()
     runs.assert_refused(done, str(place), "no permission", "the same command")
   continue_run(main, tmp_path, undisturbed)
 
@@ -297,12 +297,12 @@ def test_data_that_are_spoilt_while_they_stream(main, data_dir, tmp_path):
     "--config.model.sources=visual", "--config.input.content_budget_mb=0.0",
     f"--config.dataset.data_dir={data_dir}", f"--workdir={tmp_path / 'run'}",
   )  # fmt: skip
-  main.start(*arguments)
+  process = main.start(*arguments)
   wait_until(lambda: has_trained(tmp_path / "run"))
   (prepared,) = data_dir.glob("simulated-*")
   for path in prepared.rglob("*array_record*"):
     os.truncate(path, path.stat().st_size // 2)
-  done = main.wait()
+  done = process.done()
   runs.assert_refused(done, str(prepared), "damaged", "delete the folder")
   shutil.rmtree(prepared)
   done = main(*arguments)
@@ -409,11 +409,11 @@ def test_clock_that_jumps(main, undisturbed, tmp_path, monkeypatch):
 def test_second_process_is_refused(main, undisturbed, tmp_path):
   process = main.start(*COMMAND, f"--workdir={tmp_path}")
   wait_until(lambda: has_trained(tmp_path))
-  os.kill(process, signal.SIGSTOP)  # or it may end before the other starts
-  done = runs.run("mmm_jax.main", *COMMAND, f"--workdir={tmp_path}")
-  os.kill(process, signal.SIGCONT)
+  process.send_signal(signal.SIGSTOP)  # or it may end before the other starts
+  done = main(*COMMAND, f"--workdir={tmp_path}")
+  process.send_signal(signal.SIGCONT)
   runs.assert_refused(done, "another process", str(tmp_path))
-  assert main.wait().code == command.OK
+  assert process.wait() == command.OK
   assert_same_run(tmp_path, undisturbed)
 
 
