@@ -6,6 +6,7 @@ Shapes: R runs (seeds) of one model, U users.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
 
 import numpy as np
 from scipy import stats
@@ -19,9 +20,13 @@ def interval(values: np.ndarray, *, seed: int) -> tuple[float, float]:
 
   Users are drawn with replacement; runs too, where there are three or more.
   """
-  rng = np.random.default_rng(seed)
-  means = [_draw(rng, values).mean() for _ in range(SAMPLES)]
-  low, high = np.quantile(means, [0.025, 0.975])
+  means = _resampled_means(values, seed)
+  num_runs = len(values)
+  if num_runs >= _LEAST_SEEDS:
+    rng = np.random.default_rng((seed, num_runs))
+    drawn = rng.integers(num_runs, size=means.shape)
+    means = np.take_along_axis(means, drawn, axis=1)
+  low, high = np.quantile(means.mean(1), [0.025, 0.975])
   return float(low), float(high)
 
 
@@ -33,12 +38,26 @@ def half_width(values: Sequence[float]) -> float | None:
   return float(stats.t.ppf(0.975, len(values) - 1) * error)
 
 
-def _draw(rng, values):
-  num_runs, num_users = values.shape
-  if num_runs >= _LEAST_SEEDS:
-    values = values[rng.integers(num_runs, size=num_runs)]
-  # The mean over runs first: a user brings the values of all runs along.
-  return values.mean(0)[rng.integers(num_users, size=num_users)]
+def _resampled_means(values, seed):
+  """Means of values [R, U] over drawn users, [SAMPLES, R].
+
+  A user brings the values of all runs along.
+  """
+  num_users = values.shape[1]
+  found = values.any(0)  # most users of a sparse set find nothing
+  times = _times_drawn(num_users, seed)[found].astype(np.float64)
+  return (values[:, found] @ times).T / num_users
+
+
+@functools.lru_cache(maxsize=2)
+def _times_drawn(num_users, seed):
+  """How often every user is drawn, [U, SAMPLES]; for all rows of a table."""
+  rng = np.random.default_rng(seed)
+  users = (rng.integers(num_users, size=num_users) for _ in range(SAMPLES))
+  count = functools.partial(np.bincount, minlength=num_users)
+  # In bytes, as the whole is large; nobody is drawn 256 times.
+  times = np.stack([count(drawn).astype(np.uint8) for drawn in users])
+  return np.ascontiguousarray(times.T)
 
 
 def wilcoxon(one: np.ndarray, other: np.ndarray) -> float:
@@ -61,9 +80,7 @@ def bootstrap(one: np.ndarray, other: np.ndarray, *, seed: int) -> float:
   Twice the smaller share of resampled means on one side of zero, never below
   the resolution of the draws.
   """
-  rng = np.random.default_rng(seed)
-  difference = (one - other)[None]
-  means = np.array([_draw(rng, difference).mean() for _ in range(SAMPLES)])
+  means = _resampled_means((one - other)[None], seed)
   beyond = min((means <= 0).sum(), (means >= 0).sum()) + 1
   return float(min(1.0, 2 * beyond / (SAMPLES + 1)))
 
