@@ -65,15 +65,15 @@ def assert_same_run(folder, other):
 
 
 def test_processes_and_devices_may_change_during_a_run(alone, tmp_path):
-  """Two processes, then eight devices, then two processes of two.
+  """Four processes, then eight devices, then two processes of two.
 
-  Four, longer, and of the full model: tests/acceptance_devices.py.
+  More, longer, and of the full model: tests/acceptance_devices.py.
   """
   folder = tmp_path / "several"
-  started = start(folder)
+  started = start(folder, processes=4)
   wait_for_rows(started, folder, 3)
   started[1].send_signal(signal.SIGTERM)  # and not the first
-  assert codes(started) == [command.STOPPED] * 2
+  assert codes(started) == [command.STOPPED] * 4
   assert "the same command continues" in runs.said(folder, 0)
 
   count = len(runs.rows(folder)) + 1

@@ -44,17 +44,17 @@ def values_of(study):
 def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(tmp_path):
   search(tmp_path / "stopped", 1)
   search(tmp_path / "stopped", 1)  # has its trial already
-  stopped = search(tmp_path / "stopped", 2)
-  whole = search(tmp_path / "whole", 2)
+  stopped = search(tmp_path / "stopped", 3)
+  whole = search(tmp_path / "whole", 3)
   assert values_of(stopped) == values_of(whole)
-  assert len(whole.trials) == 2
+  assert len(whole.trials) == 3
   curve = tune.best_so_far(whole)
   assert curve == sorted(curve)
   assert curve[-1] == whole.best_value == max(t.value for t in whole.trials)
   before = (tmp_path / "whole").read_bytes()
   line = tune.markdown([str(tmp_path / "whole")]).splitlines()[2]
   assert (tmp_path / "whole").read_bytes() == before
-  assert line.split(" | ")[2:4] == ["2 (0)", "0.0"]
+  assert line.split(" | ")[2:4] == ["3 (0)", "0.0"]
   assert f"{curve[0]:.4f}" in line and line.endswith(
     f"– | – | – | – | {curve[-1]:.4f} |"
   )
