@@ -200,10 +200,11 @@ def _means(values):
 def _exposure(items, interactions: Interactions, cutoffs):
   """Coverage, Gini and mean popularity of the first k recommendations."""
   popularity = _training_counts(interactions, "item")
-  values = {}
-  for k in cutoffs:
-    shown = items[:, :k][items[:, :k] >= 0]
-    exposure = np.bincount(shown, minlength=interactions.num_items)
+  values, exposure, done = {}, 0, 0
+  for k in sorted(cutoffs):
+    more, done = items[:, done:k], k
+    counts = np.bincount(more[more >= 0], minlength=interactions.num_items)
+    exposure = exposure + counts
     values[f"coverage@{k}"] = metrics.coverage(exposure)
     values[f"gini@{k}"] = metrics.gini(exposure)
     values[f"mean_popularity@{k}"] = metrics.mean_popularity(

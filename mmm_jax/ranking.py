@@ -8,7 +8,9 @@ memory beyond the item table does not depend on N. Every device holds all items
 and ranks blocks of its own: D blocks at a time, in which processes take turns.
 """
 
+import collections
 from collections.abc import Callable
+from concurrent import futures
 import functools
 import hashlib
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from mmm_jax import candidates, parallel
 # tile (dot products of 64 dimensions, 2 CPU cores).
 _PAIR_COST = 100
 _GROUP = 32  # scores of which _largest_of_groups looks at the largest first
+_AHEAD = 32  # blocks whose exclusions are prepared while others are ranked
 
 
 class Scorer(NamedTuple):
@@ -81,19 +84,21 @@ def rank(
     exclude.counts[users[row]].reshape(-1, user_block).sum(1) for row in rows
   ]
   width = 1 << int(np.max(counts, initial=0)).bit_length()
-  blocks = {}
-  for number, row in enumerate(rows):
-    if not _is_mine(number):
-      continue
+
+  def excluded(number):
     pairs = [
       _excluded_pairs(exclude, block, width=width, num_items=num_items)
-      for block in users[row].reshape(-1, user_block)
+      for block in users[rows[number]].reshape(-1, user_block)
     ]
+    return number, np.concatenate(pairs, axis=1)
+
+  blocks = {}
+  for number, pairs in _ahead(excluded, filter(_is_mine, range(len(rows)))):
     blocks[number * at_once] = _on_devices(
       _rank_block,
       scorer,
-      users[row],
-      *np.concatenate(pairs, axis=1),
+      users[rows[number]],
+      *pairs,
       seed=seed,
       num_items=num_items,
       k=k,
@@ -332,6 +337,18 @@ def _excluded_pairs(exclude, users, *, width, num_items):
   pairs = np.full((2, width), num_items, np.int32)
   pairs[:, : len(item)] = position, item
   return pairs
+
+
+def _ahead(function, values):
+  """`function(value)` of each, in order, by threads and a few ahead of use."""
+  with futures.ThreadPoolExecutor() as threads:
+    waiting = collections.deque()
+    for value in values:
+      waiting.append(threads.submit(function, value))
+      if len(waiting) > _AHEAD:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
 
 
 def _is_mine(number):
