@@ -164,19 +164,19 @@ def _per_user(ranked: Ranked, names, cutoffs, *, stratum=None):
   With `stratum` (bool [N]) only the test items in it count as relevant; a
   user who has none is NaN.
   """
-  relevant = ranked.relevant
-  wanted = np.ones(len(relevant.indices), bool)
-  if stratum is not None:
-    wanted = stratum[relevant.indices]
-  count = np.diff(np.append(0, wanted.cumsum())[relevant.indptr])
+  counts = ranked.relevant.counts
 
   def measure(rows):
-    hits = ranked.hits[rows]
+    hits, count = ranked.hits[rows], counts[rows]
     if stratum is not None:
       hits = hits & stratum[ranked.items[rows]]
-    return metrics.at_cutoffs(hits, count[rows], names=names, cutoffs=cutoffs)
+      row, _, item = candidates.entries(ranked.relevant, rows)
+      count = np.bincount(row, stratum[item], len(rows)).astype(int)
+    values = metrics.at_cutoffs(hits, count, names=names, cutoffs=cutoffs)
+    return values | {"count": count}
 
-  values = _by_blocks(measure, len(count))
+  values = _by_blocks(measure, len(ranked.user))
+  count = values.pop("count")
   first = np.flatnonzero(np.diff(ranked.user, prepend=-1))
   users = ranked.user[first]
   if len(users) == len(ranked.user):

@@ -40,7 +40,7 @@ from mmm_jax.datasets import networks, splits
 USERS, ITEMS, INTERACTIONS = 138_493, 26_744, 20_000_263
 LEAST = 20  # interactions of a user of MovieLens 20M
 BATCH = 1 << 17  # positives
-BLOCK = 1024  # users that are ranked at a time
+BLOCK = 4096  # users that are ranked at a time
 
 
 def main():
