@@ -69,14 +69,15 @@ def measure(manual_dir) -> dict:
   config.dataset.manual_dir = manual_dir
   run = assemble.assemble(config)
   text = np.asarray(clustering.content_vectors(run))
+  seen = training_matrix(run)
   grid = {
-    pair: validated(run, factorised(run, 0, *pair))
+    pair: validated(run, factorised(seen, 0, *pair))
     for pair in tqdm.tqdm(list(itertools.product(ALPHA, REGULARISATION)))
   }
   best = max(grid, key=grid.get)
   found = {}
   for seed in tqdm.trange(SEEDS):
-    factors = of_unit_length(factorised(run, seed, *best).item_factors)
+    factors = of_unit_length(factorised(seen, seed, *best).item_factors)
     both = np.concatenate([text, factors], axis=1) / np.sqrt(2)
     kinds = {"titles": text, "interactions": factors, "both": both}
     for name, vectors in kinds.items():
@@ -89,12 +90,16 @@ def measure(manual_dir) -> dict:
   return {"clusters": found, "valid_ndcg@20": named}
 
 
-def factorised(run, seed, alpha, regularisation):
-  """Weighted matrix factorisation (Hu et al., 2008) of what was trained on."""
+def training_matrix(run) -> sparse.csr_matrix:
+  """Who has which item in training, [M, N]."""
   train = run.split.part == splits.TRAIN
   user, item = run.dataset.user[train], run.dataset.item[train]
   shape = (run.sizes.num_users, run.sizes.num_items)
-  seen = sparse.csr_matrix((np.ones(len(user)), (user, item)), shape)
+  return sparse.csr_matrix((np.ones(len(user)), (user, item)), shape)
+
+
+def factorised(seen, seed, alpha, regularisation):
+  """Weighted matrix factorisation (Hu et al., 2008)."""
   model = implicit.als.AlternatingLeastSquares(
     FACTORS,
     alpha=alpha,
