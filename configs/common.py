@@ -94,6 +94,7 @@ def base() -> ml_collections.ConfigDict:
   c.parallel = ml_collections.ConfigDict()
   c.parallel.engine = "pmap"  # of several devices; or mesh
   c.parallel.devices = 0  # 0: all
+  c.parallel.platform = ""  # that they must be of: cpu, gpu or tpu; "": any
   c.parallel.timeout_s = 100  # for other processes to come, and to be silent
   return c
 

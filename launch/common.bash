@@ -11,6 +11,7 @@ read_arguments() {
       --dry-run) dry_run=true ;;
       -h | --help) explain && exit ;;
       --) shift && break ;;
+      --config.*) fail "found '$1', valid: flags of mmm_jax.main behind --" ;;
       *) options+=("$1") ;;
     esac
     shift
@@ -34,8 +35,23 @@ check_values() {
   done
   [[ ${NODES-1} != 0 ]] || wrong NODES "1 or more"
   [[ ${SPOT-0} == [01] ]] || wrong SPOT "0 or 1"
-  [[ ${SHARE-none} =~ ^(none|SHARE|[^:]+:/.*)$ ]] ||
-    wrong SHARE "HOST:/PATH, or none"
+  local host="[^][:space:],:'\"{}#]+" path="/[^][:space:],'\"{}#]*"
+  [[ ${SHARE-none} =~ ^(none|SHARE|$host:$path)$ ]] ||
+    wrong SHARE "HOST:/PATH, without blanks or quotes, or none"
+  [[ ${TOPOLOGY-TOPOLOGY} =~ ^(TOPOLOGY|[0-9]+(x[0-9]+)+)$ ]] ||
+    wrong TOPOLOGY "such as 2x4"
+  for name in ACCELERATOR IMAGE; do
+    [[ ${!name-x} != *[^A-Za-z0-9_./:@-]* ]] ||
+      wrong "$name" "letters, digits and _ . / : @ -"
+  done
+  [[ ${flags[*]-} != *$'\n'* ]] || fail "a flag holds a line break"
+}
+
+# What clouds take as the name of a job or a machine.
+check_label() {
+  local LC_ALL=C # in others [a-z] may hold capitals
+  [[ ${!1} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    wrong "$1" "lower-case letters, digits and -, a letter first, at most 40"
 }
 
 wrong() {

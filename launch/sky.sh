@@ -6,7 +6,7 @@
 #
 # See README.md.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 source launch/common.bash
 
 CONFIG=${CONFIG:-configs/mmm.py}        # config file, variants behind a colon
@@ -20,6 +20,7 @@ SHARE=${SHARE:-SHARE}                   # HOST:/PATH, NFS for runs/; or none
 SPOT=${SPOT:-0}                         # 1: cheaper, and may be taken away
 
 read_arguments "$@"
+check_label NAME
 
 # What every host runs; SkyPilot tells it of the others when it is there.
 train() {
@@ -27,6 +28,7 @@ train() {
   hosts="--coordinator=\$(head -n1 <<<\"\$SKYPILOT_NODE_IPS\"):8476"
   hosts+=" --num_processes=\$SKYPILOT_NUM_NODES"
   hosts+=" --process_id=\$SKYPILOT_NODE_RANK"
+  if ((DEVICES)); then hosts+=" --config.parallel.platform=gpu"; fi
   printf '%s %s\n' "$(quote "$PYTHON" -m mmm_jax.main --config="$CONFIG" \
     --workdir="$WORKDIR" "${flags[@]}")" "$hosts"
 }
@@ -35,6 +37,7 @@ need SHARE
 wanted=(--name="$NAME" --num-nodes="$NODES" --env=SHARE="$SHARE")
 if ((DEVICES)); then
   need ACCELERATOR
+  [[ $ACCELERATOR != tpu-* ]] || fail "TPUs are for tpu_vm.sh or gke/launch.sh"
   wanted+=(--gpus="$ACCELERATOR:$DEVICES" --env=EXTRA=cuda)
 fi
 if ((SPOT)); then wanted+=(--use-spot); fi

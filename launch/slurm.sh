@@ -11,7 +11,7 @@
 #SBATCH --signal=TERM@120
 set -euo pipefail
 # sbatch runs a copy of this file, in the folder that it was called from.
-here=$(dirname "$0")
+here=$(dirname "$(readlink -f "$0")")
 [[ -e $here/common.bash ]] || here=$SLURM_SUBMIT_DIR/launch
 source "$here/common.bash"
 
@@ -29,7 +29,7 @@ CELLS=${CELLS:-CELLS}              # of the sweep, such as 0-9
 read_arguments "$@"
 
 submit() {
-  cd "$(dirname "$0")/.."
+  cd "$here/.."
   local wanted=(--job-name="$NAME")
   if [[ -n $SWEEP ]]; then
     need CELLS
@@ -50,6 +50,8 @@ train() {
   if [[ -n $SWEEP ]]; then
     command=(-m mmm_jax.experiments run --sweep="$SWEEP"
       --cell="${SLURM_ARRAY_TASK_ID:-CELL}")
+  elif ((DEVICES)) || [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+    command+=(--config.parallel.platform=gpu)
   fi
   # A task that ends first must not take the others' checkpoint with it.
   act srun --kill-on-bad-exit=0 "$PYTHON" "${command[@]}" \
@@ -73,6 +75,8 @@ requeue() {
 }
 
 run_job() {
+  ((${#options[@]} == 0)) ||
+    fail "found '${options[*]}' inside a job; its flags stand behind --"
   trap : TERM # the tasks get it, too; this shell has to see how they end
   # Since SLURM 22.05 srun does not take this over from sbatch.
   if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then

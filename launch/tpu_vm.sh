@@ -7,7 +7,7 @@
 # Without a step it takes all four: what was stopped or preempted goes on on a
 # new machine, and however the run ends, the machine is deleted; see README.md.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 source launch/common.bash
 
 CONFIG=${CONFIG:-configs/mmm.py}        # config file, variants behind a colon
@@ -23,11 +23,16 @@ ZONE=${ZONE:-ZONE}                      # where the machine is
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} # the machine's software
 
 read_arguments "$@"
+check_label NAME
 step=all_steps
 case ${options[0]:-} in create | install | run | delete)
   step=${options[0]} options=("${options[@]:1}")
   ;;
 esac
+if [[ $step != all_steps && $step != create ]] && ((${#options[@]})); then
+  fail "found '${options[*]}', valid: nothing behind $step but -- and flags"
+fi
+made=false # whether there is a machine that this script asked for
 
 tpu() {
   act gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"
@@ -45,31 +50,37 @@ create() {
   local wanted=(--node-id="$NAME" --accelerator-type="$ACCELERATOR"
     --runtime-version="$RUNTIME")
   if ((SPOT)); then wanted+=(--spot); fi
-  tpu queued-resources create "$NAME" "${wanted[@]}" "${options[@]}"
+  tpu queued-resources create "$NAME" "${wanted[@]}" "${options[@]}" || return
+  made=true
   if "$dry_run"; then state; else await_machine; fi
 }
 
 # The request stands in a queue until there is a machine for it.
 await_machine() {
   local now
-  now=$(state)
-  while [[ $now != ACTIVE ]]; do
-    case $now in FAILED | SUSPENDED)
-      echo "error: the request for a machine is $now" >&2
-      exit 1
-      ;;
+  until now=$(state) && [[ $now == ACTIVE ]]; do
+    case $now in
+      FAILED) echo "error: the request for a machine failed" >&2 && return 1 ;;
+      SUSPENDED) echo "the machine was taken away" >&2 && return 75 ;;
     esac
     sleep 30
-    now=$(state)
   done
 }
 
-# The last commit, on every host.
+# The last commit, on every host. A machine that has just come up may refuse
+# the first connections.
 install() {
-  local archive=${TMPDIR:-/tmp}/$NAME.tar.gz
-  act git archive --format=tar.gz --output="$archive" HEAD
-  tpu tpu-vm scp "$archive" "$NAME:mmm_jax.tar.gz" --worker=all
-  on_all_hosts "$(setup)"
+  local archive=ARCHIVE code=1 try
+  "$dry_run" || archive=$(mktemp)
+  act git archive --format=tar.gz --output="$archive" HEAD || return
+  for ((try = 1; code && try <= 5; try++)); do
+    if ((try > 1)); then sleep 30; fi
+    code=0
+    tpu tpu-vm scp "$archive" "$NAME:mmm_jax.tar.gz" --worker=all &&
+      on_all_hosts "$(setup)" || code=$?
+  done
+  "$dry_run" || rm -f "$archive"
+  return "$code"
 }
 
 setup() {
@@ -81,11 +92,12 @@ tar -xzf mmm_jax.tar.gz -C mmm_jax
 cd mmm_jax
 curl -LsSf https://astral.sh/uv/install.sh | sh
 ~/.local/bin/uv venv --allow-existing --python=">=3.11" .venv
-~/.local/bin/uv pip install --python=.venv --editable=".[tpu]"
+~/.local/bin/uv pip install --python=.venv --editable=".[tpu,all]"
 END
   if [[ $SHARE != none ]]; then
     cat <<END
-sudo apt-get install -y nfs-common
+sudo apt-get -o DPkg::Lock::Timeout=600 update
+sudo apt-get -o DPkg::Lock::Timeout=600 install -y nfs-common
 mountpoint -q runs || sudo mount -t nfs $(quote "$SHARE") runs
 sudo chmod 1777 runs
 END
@@ -95,12 +107,14 @@ END
 run() {
   local command
   command=$(quote "$PYTHON" -m mmm_jax.main --config="$CONFIG" \
-    --workdir="$WORKDIR" --coordinator=auto "${flags[@]}")
+    --workdir="$WORKDIR" --coordinator=auto --config.parallel.platform=tpu \
+    "${flags[@]}")
   on_all_hosts "cd mmm_jax && exec $command"
 }
 
 delete() {
   tpu queued-resources delete "$NAME" --force --quiet
+  made=false
 }
 
 # 75: stopped and resumable; above 128: killed, or the connection was lost. Any
@@ -115,13 +129,16 @@ all_steps() {
     create && install && run && delete
     return
   fi
-  trap 'delete || true' EXIT # a forgotten machine costs money
+  git rev-parse --quiet --verify HEAD >/dev/null ||
+    fail "this folder has no commit, which is what hosts get"
+  trap 'if "$made"; then delete; fi' EXIT # a forgotten machine costs money
   for ((restart = 0; restart <= RESTARTS; restart++)); do
-    if ((restart)); then delete; fi
-    create
-    install
+    if "$made"; then delete; fi
     code=0
-    run || code=$?
+    create || code=$?
+    if ((code == 75)); then continue; fi
+    if ((code)); then break; fi
+    { install && run; } || code=$?
     if ((code == 0)) || ! resumable "$code"; then break; fi
   done
   exit "$code"

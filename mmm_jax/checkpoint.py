@@ -85,7 +85,8 @@ def load(manager: ocp.CheckpointManager, step: int, template):
   wanted = ocp.args.StandardRestore(_flat(template))
   with _quiet():
     flat = manager.restore(step, args=wanted)
-  _check_sums(flat, manager.metadata(step).custom_metadata or {})
+    metadata = manager.metadata(step).custom_metadata or {}
+  _check_sums(flat, metadata)
   return _unflat(flat, template)
 
 
@@ -128,11 +129,13 @@ def restore(manager: ocp.CheckpointManager, template):
 def _check_sums(flat, metadata):
   """Raises ValueError if numbers are not those that were written.
 
-  Orbax would hand out what a disk has altered. Checkpoints of before there
-  were checksums have none, and pass.
+  Orbax would hand out what a disk has altered.
   """
-  for name, wanted in metadata.get(_SUMS, {}).items():
-    if name in flat and _sum(flat[name]) != wanted:
+  sums = metadata.get(_SUMS, {})
+  if set(sums) != set(flat):
+    raise ValueError("its checksums are gone")
+  for name, wanted in sums.items():
+    if _sum(flat[name]) != wanted:
       raise ValueError(f"the numbers of {name} were altered on the disk")
 
 

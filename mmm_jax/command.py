@@ -12,6 +12,8 @@ from mmm_jax import errors, parallel
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, parallel.STOPPED
 
+_CONTINUES = "stopped; the same command continues"
+
 
 class Stopped(Exception):
   """A signal asked a run to stop; its checkpoint is written."""
@@ -30,24 +32,42 @@ def run(main) -> None:
   _quieten()
   # Whoever has something to save handles the two signals; before and after,
   # SIGTERM is what Ctrl-C is.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  _on_signals(signal.default_int_handler)
+  try:
+    code, message = _failure(main)
+  except KeyboardInterrupt:  # another one, while this was ending
+    code, message = STOPPED, _CONTINUES
+  finally:
+    _on_signals(signal.SIG_IGN)  # no further one changes how it ends
+  print(" ".join(message.split()), file=sys.stderr)
+  parallel.decide(code)
+  sys.exit(code)
+
+
+def _failure(main) -> tuple[int, str]:
+  """Exit code and message of what stopped `main`; success is a SystemExit."""
   try:
     app.run(main, flags_parser=_parse)
   except errors.InputError as error:
-    _exit(f"error: {error}", BAD_INPUT)
+    return BAD_INPUT, f"error: {error}"
   except FloatingPointError as error:
-    _exit(f"error: {error}", FAILED)
+    return FAILED, f"error: {error}"
   except Stopped as stopped:
-    _exit(str(stopped), STOPPED)
+    return STOPPED, str(stopped)
   except KeyboardInterrupt:
-    _exit("stopped; the same command continues", STOPPED)
+    return STOPPED, _CONTINUES
   except errors.LostError as error:
-    _exit(f"error: {error}; the same command continues", STOPPED)
+    return STOPPED, f"error: {error}; the same command continues"
   except Exception as error:
     if not parallel.is_loss(error):
       parallel.decide(FAILED)
       raise
-    _exit(f"{parallel.LOST} ({error})", STOPPED)
+    return STOPPED, f"{parallel.LOST} ({error})"
+
+
+def _on_signals(handler) -> None:
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, handler)
 
 
 def _quieten() -> None:
@@ -95,9 +115,3 @@ def _explain(error) -> str:
     # A config file's complaint comes with its traceback.
     return f"--config: {lines[-1].removeprefix('ValueError: ')}"
   return " ".join(lines)
-
-
-def _exit(message: str, code: int):
-  print(" ".join(message.split()), file=sys.stderr)
-  parallel.decide(code)
-  sys.exit(code)

@@ -9,6 +9,20 @@ processes are told of one another by the scheduler or by the last three flags.
 Exit codes: 0 done, 2 bad input or config, 75 stopped and resumable, 1 else.
 """
 
+import os
+import signal
+
+
+def _stop_at_once(*_):
+  os.write(2, b"stopped; the same command continues\n")
+  os._exit(75)
+
+
+if __name__ == "__main__":
+  # While the rest is imported, for seconds, there is nothing to save.
+  for _signal in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(_signal, _stop_at_once)
+
 import datetime
 import shlex
 import sys
@@ -17,7 +31,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from mmm_jax import command, errors, logs, parallel, train
+from mmm_jax import command, errors, logs, parallel, train, validate
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, with variants behind a colon."
@@ -76,6 +90,7 @@ def _read_config():
   except OSError as error:
     reason = str(error).strip().splitlines()[-1]
     raise errors.InputError(f"--config: {reason}") from error
+  validate.check(config)  # what it says of other processes is used at once
   return config
 
 

@@ -31,6 +31,7 @@ from mmm_jax import errors
 
 AXIS = "data"
 ENGINES = ("pmap", "mesh")  # the values of parallel.engine
+PLATFORMS = ("cpu", "gpu", "tpu")  # and of parallel.platform
 
 # What an argument or a result of a mapped function is.
 REPLICATED, SHARDED, HOST = "replicated", "sharded", "host"
@@ -149,9 +150,18 @@ def make_engine(config) -> Engine:
   """The engine that `config.parallel` asks for.
 
   Raises:
-    errors.InputError: too few devices, or they do not divide the data shards.
+    errors.InputError: too few devices, those of another platform, or they do
+      not divide the data shards.
   """
   present = jax.devices()
+  platform = present[0].platform
+  # JAX takes the CPU where it finds no accelerator, and hardly says so.
+  if config.parallel.platform not in ("", platform):
+    raise errors.InputError(
+      f"parallel.platform={config.parallel.platform}, but JAX finds only"
+      f" {platform} devices here; see that the driver is there, and that the"
+      " project is installed for them (README.md)"
+    )
   wanted = config.parallel.devices or len(present)
   if jax.process_count() > 1 and wanted != len(present):
     raise errors.InputError(
@@ -161,7 +171,7 @@ def make_engine(config) -> Engine:
   if wanted > len(present):
     raise errors.InputError(
       f"parallel.devices={wanted}, but this process sees {len(present)}"
-      f" {present[0].platform} device(s)"
+      f" {platform} device(s)"
     )
   if config.data_shards % wanted:
     valid = [n for n in range(1, wanted + 1) if config.data_shards % n == 0]

@@ -37,6 +37,7 @@ CHOICES = {
   "tables.update": ("rows", "dense"),
   "tables.optimizer": tables.NAMES,
   "parallel.engine": parallel.ENGINES,
+  "parallel.platform": ("", *parallel.PLATFORMS),
   "controls.content": ("real", "permuted"),
   "controls.networks": ("real", "rewired"),
   "controls.network_weights": ("learnt", "equal"),

@@ -90,11 +90,10 @@ def write_inputs(run: assemble.Run, workdir: pathlib.Path) -> None:
 
   Not before the data are read: a run whose data are wrong leaves nothing.
   """
-  # Anew each time: where the data lie may have changed.
+  # Anew each time: where the data lie may have changed, and a disk may have
+  # altered what was there.
   files.write_json(workdir / "config.json", validate.plain(run.config))
-  path = workdir / "split.parquet"
-  if not path.exists():
-    splits.write(path, run.dataset, run.split)
+  splits.write(workdir / "split.parquet", run.dataset, run.split)
 
 
 def write_results(

@@ -90,7 +90,18 @@ def drop_manifest(folder):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, empty, drop_manifest])
+def drop_sums(folder):
+  (folder / "_CHECKPOINT_METADATA").unlink()
+
+
+def spoil_sums(folder):
+  (folder / "_CHECKPOINT_METADATA").write_text("{bad")
+
+
+DAMAGES = (truncate, flip, empty, drop_manifest, drop_sums, spoil_sums)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_checkpoint_falls_back(tmp_path, caplog, damage):
   saved(tmp_path, 1, 2).close()
   damage(tmp_path / "2")

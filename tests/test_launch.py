@@ -115,15 +115,53 @@ def test_help_is_the_launchers_own(launcher):
     ("RESTARTS", "x"),
     ("SPOT", "yes"),
     ("SHARE", "10.0.0.2"),
+    ("SHARE", "10.0.0.2:/a: b"),
+    ("SHARE", "10.0.0.2:/a,b"),
+    ("ACCELERATOR", "a b"),
+    ("TOPOLOGY", "2x4,"),
+    ("IMAGE", "a: b"),
   ],
 )
 def test_values_that_mean_nothing_are_refused(name, value):
   read = [each for each in LAUNCHERS if f"{name}=" in text_of(each)]
-  assert len(read) > 1
+  assert read
   for launcher in read:
     done = run(launcher, "--dry-run", **{name: value})
     assert done.returncode == 2 and not done.stdout
     assert f"error: {name}: found '{value}', valid: " in done.stderr
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS[1:])
+@pytest.mark.parametrize("name", ["a/b", "Mmm", "1", "a: b", "a" * 41])
+def test_clouds_need_a_plain_name(launcher, name):
+  done = run(launcher, "--dry-run", NAME=name)
+  assert done.returncode == 2 and not done.stdout
+  assert f"error: NAME: found '{name}', valid: " in done.stderr
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_flags_before_the_dashes_are_refused(launcher):
+  done = run(launcher, "--dry-run", "--config.epochs=2")
+  assert done.returncode == 2 and not done.stdout
+  assert "found '--config.epochs=2', valid: " in done.stderr
+  broken = run(launcher, "--dry-run", "--", "--config.x=a\nb")
+  assert broken.returncode == 2 and "line break" in broken.stderr
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_run_through_a_link(launcher, tmp_path):
+  link = tmp_path / "link"
+  link.symlink_to(LAUNCH / launcher)
+  assert dry_run(link) == dry_run(launcher)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_accelerators_that_are_asked_for_have_to_be_there(launcher):
+  wanted = "tpu" if launcher == "tpu_vm.sh" else "gpu"
+  flags = main_flags(dry_run(launcher, DEVICES="1", ACCELERATOR="h100"))
+  assert f"--config.parallel.platform={wanted}" in flags
+  if launcher != "tpu_vm.sh":
+    assert "parallel.platform" not in dry_run(launcher)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -147,7 +185,7 @@ def test_variables_and_flags_reach_main_as_they_are(launcher):
 def test_the_name_is_the_jobs_and_by_default_the_folders(launcher):
   output = dry_run(launcher, NAME="other")
   assert "--workdir=runs/other" in main_flags(output)
-  assert re.search(r"(--job-name=|create |name: |--name=)other\b", output)
+  assert re.search(r"(--job-name=|create |name: \"|--name=)other\b", output)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -211,6 +249,7 @@ def test_gke_numbers_the_pods_of_gpus_and_lets_tpus_find_each_other():
     "--coordinator=mmm-hosts-0-0.mmm:8476",
     "--num_processes=2",
     "--process_id=$JOB_COMPLETION_INDEX",
+    "--config.parallel.platform=gpu",
   ]
   spec = pod(manifest(gpus))
   assert spec["nodeSelector"] == {
@@ -225,7 +264,10 @@ def test_gke_numbers_the_pods_of_gpus_and_lets_tpus_find_each_other():
     ACCELERATOR="tpu-v5-lite-podslice",
     TOPOLOGY="4x4",
   )
-  assert main_flags(tpus)[2:] == ["--coordinator=auto"]
+  assert main_flags(tpus)[2:] == [
+    "--coordinator=auto",
+    "--config.parallel.platform=tpu",
+  ]
   spec = pod(manifest(tpus))
   assert spec["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
   assert spec["nodeSelector"] == {
@@ -253,11 +295,17 @@ def test_sky_asks_for_hosts_and_tells_each_its_number():
     capture_output=True,
     text=True,
   )
-  assert done.stdout.splitlines()[-3:] == [
+  assert done.stdout.splitlines()[-4:] == [
     "--coordinator=10.0.0.1:8476",
     "--num_processes=2",
     "--process_id=1",
+    "--config.parallel.platform=gpu",
   ]
+
+
+def test_sky_does_not_take_tpus_for_gpus():
+  done = run("sky.sh", "--dry-run", DEVICES="1", ACCELERATOR="tpu-v5e-8")
+  assert done.returncode == 2 and "tpu_vm.sh" in done.stderr
 
 
 # --- real runs, with stand-ins -----------------------------------------------
@@ -357,6 +405,22 @@ def test_the_copy_that_slurm_runs_finds_what_it_reads(stand_in, tmp_path):
   assert "-m mmm_jax.main --config=configs/mmm.py" in calls(path, "srun")[0]
 
 
+def test_slurm_refuses_options_inside_a_job(stand_in):
+  path = stand_in("srun")
+  done = run("slurm.sh", "--time=1:00:00", path=path, SLURM_JOB_ID="7")
+  assert done.returncode == 2 and "--time=1:00:00" in done.stderr
+  assert not (path / "calls").exists()
+
+
+def test_slurm_knows_of_gpus_that_sbatch_was_asked_for(stand_in):
+  path = stand_in("srun")
+  run("slurm.sh", path=path, SLURM_JOB_ID="7", SLURM_GPUS_ON_NODE="2")
+  run("slurm.sh", path=path, SLURM_JOB_ID="7")
+  of_gpus, of_cpus = calls(path, "srun")
+  assert "--config.parallel.platform=gpu" in of_gpus.split()
+  assert "platform" not in of_cpus
+
+
 def test_slurm_requeues_one_task_of_an_array(stand_in):
   stand_in("srun", "exit 75")
   stand_in("squeue", "echo RUNNING")
@@ -415,6 +479,56 @@ def test_a_tpu_vm_goes_on_and_is_always_deleted(
   assert len(calls(path, "create")) == machines
   assert len(calls(path, "queued-resources delete")) == machines
   assert "delete" in calls(path)[-1]
+
+
+def run_tpu_vm(path, *arguments, **variables):
+  given = {"PROJECT": "p", "ZONE": "z", "SHARE": "none", "TMPDIR": str(path)}
+  return run("tpu_vm.sh", *arguments, path=path, **given, **variables)
+
+
+def test_a_machine_that_somebody_else_made_is_not_deleted(stand_in):
+  stand_in("git")
+  path = stand_in("gcloud", 'case "$*" in *create*) exit 1 ;; esac')
+  assert run_tpu_vm(path).returncode == 1
+  assert len(calls(path, "create")) == 1 and not calls(path, "delete")
+
+
+def test_a_tpu_vm_may_refuse_the_first_connections(stand_in, tmp_path):
+  stand_in("git")
+  stand_in("sleep")
+  path = stand_in(
+    "gcloud",
+    f"""case "$*" in
+      *describe*) echo ACTIVE ;;
+      *scp*) (($(grep -c " scp " {tmp_path}/calls) > 2)) || exit 255 ;;
+    esac""",
+  )
+  assert run_tpu_vm(path).returncode == 0
+  assert len(calls(path, " scp ")) == 3 and len(calls(path, "create")) == 1
+  assert len(calls(path, "mmm_jax.main")) == len(calls(path, "delete")) == 1
+  assert not list(tmp_path.glob("tmp.*"))  # the archive
+
+
+def test_a_tpu_vm_taken_away_while_waiting_is_asked_for_again(stand_in):
+  stand_in("git")
+  path = stand_in("sleep")
+  stand_in(
+    "gcloud",
+    f"""case "$*" in *describe*)
+      if (($(grep -c " create " {path}/calls) > 1))
+      then echo ACTIVE; else echo SUSPENDED; fi ;;
+    esac""",
+  )
+  assert run_tpu_vm(path).returncode == 0
+  assert len(calls(path, "create")) == len(calls(path, "delete")) == 2
+
+
+@pytest.mark.parametrize("step", ["install", "run", "delete"])
+def test_steps_of_a_tpu_vm_take_no_options(step, stand_in):
+  path = stand_in("gcloud")
+  done = run_tpu_vm(path, step, "--labels=a=b")
+  assert done.returncode == 2 and "--labels=a=b" in done.stderr
+  assert not (path / "calls").exists()
 
 
 # --- the files ---------------------------------------------------------------
@@ -501,8 +615,9 @@ def test_the_sky_task_has_what_it_needs():
   """The parts that it uses of SkyPilot's schema (checked with 0.14.1)."""
   task = yaml.safe_load(text_of("sky.yaml"))
   assert set(task) == {"name", "workdir", "resources", "envs", "setup", "run"}
+  codes = [75, 129, 130, 134, 135, 136, 137, 139, 143]
   assert task["resources"] == {
-    "job_recovery": {"strategy": "FAILOVER", "recover_on_exit_codes": [75]}
+    "job_recovery": {"strategy": "FAILOVER", "recover_on_exit_codes": codes}
   }
   given = re.findall(r"--env=(\w+)=", text_of("sky.sh"))
   assert set(task["envs"]) == set(given)

@@ -215,6 +215,15 @@ def test_an_error_of_one_process_is_its_own(tmp_path):
   assert LOST not in runs.said(folder, 1)
 
 
+def test_values_are_checked_before_others_are_awaited(main, tmp_path):
+  together = ("--coordinator=localhost:1", "--num_processes=2")
+  done = main(
+    runs.CONFIG, *together, "--process_id=1", f"--workdir={tmp_path / 'run'}",
+    "--config.parallel.timeout_s=0",
+  )  # fmt: skip
+  runs.assert_refused(done, "parallel.timeout_s", "1 or more")
+
+
 def test_flags_that_say_too_little_are_explained():
   done = runs.run("mmm_jax.main", f"{runs.CONFIG}:tiny", "--process_id=1")
   assert done.code == command.BAD_INPUT

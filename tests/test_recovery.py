@@ -121,6 +121,43 @@ def test_ctrl_c_while_training(main, undisturbed, tmp_path):
   assert (values["resumed"], values["redone_steps"]) == (1, 0)
 
 
+def catches(process, number) -> bool:
+  """Whether a process has a handler of its own for a signal."""
+  status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+  caught = int(re.search(r"^SigCgt:\t(\w+)$", status, re.MULTILINE)[1], 16)
+  return bool(caught >> (number - 1) & 1)
+
+
+def test_stopped_while_the_program_is_read(tmp_path):
+  process = runs.start(
+    "mmm_jax.main", *COMMAND, f"--workdir={tmp_path / 'run'}",
+    stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  wait_until(lambda: catches(process, signal.SIGTERM))
+  process.terminate()
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == command.STOPPED
+  assert said == "stopped; the same command continues\n"
+  assert not (tmp_path / "run").exists()
+
+
+def test_signals_that_do_not_end(main, undisturbed, tmp_path):
+  """To the last moment of the process, which has begun to stop."""
+  process = runs.start(
+    "mmm_jax.main", *COMMAND, f"--workdir={tmp_path}",
+    stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  wait_until(lambda: has_trained(tmp_path))
+  while process.poll() is None:
+    process.terminate()
+    time.sleep(0.002)
+  _, said = process.communicate()
+  assert process.returncode == command.STOPPED, said
+  assert "the same command continues" in said.splitlines()[-1]
+  assert "Traceback" not in said
+  continue_run(main, tmp_path, undisturbed)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_before_training_is_resumable(tmp_path, number):
   """While the data are being made up, which takes a while at full size."""

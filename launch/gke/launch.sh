@@ -6,7 +6,7 @@
 #
 # See ../README.md, also for the same with xpk.
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$(readlink -f "$0")")"
 source ../common.bash
 
 CONFIG=${CONFIG:-configs/mmm.py}        # config file, variants behind a colon
@@ -23,6 +23,7 @@ IMAGE=${IMAGE:-IMAGE}                   # container made with launch/Dockerfile
 TOPOLOGY=${TOPOLOGY:-TOPOLOGY}          # of a TPU slice, such as 2x4
 
 read_arguments "$@"
+check_label NAME
 
 on_tpu() {
   ((DEVICES)) && [[ $ACCELERATOR == tpu-* ]]
@@ -38,6 +39,9 @@ train() {
     pods="--coordinator=$NAME-hosts-0-0.$NAME:8476 --num_processes=$NODES"
     pods+=" --process_id=\$JOB_COMPLETION_INDEX"
   fi
+  local platform=gpu
+  if on_tpu; then platform=tpu; fi
+  if ((DEVICES)); then pods+=" --config.parallel.platform=$platform"; fi
   printf '%s %s\n' "$(quote "$PYTHON" -m mmm_jax.main --config="$CONFIG" \
     --workdir="$WORKDIR" "${flags[@]}")" "$pods"
 }
@@ -47,17 +51,17 @@ manifest() {
   local text limits="" selector="" volume="{name: runs, emptyDir: {}}"
   if on_tpu; then
     limits="google.com/tpu: $DEVICES"
-    selector="cloud.google.com/gke-tpu-accelerator: $ACCELERATOR"
-    selector+=", cloud.google.com/gke-tpu-topology: $TOPOLOGY"
+    selector="cloud.google.com/gke-tpu-accelerator: \"$ACCELERATOR\""
+    selector+=", cloud.google.com/gke-tpu-topology: \"$TOPOLOGY\""
   elif ((DEVICES)); then
     limits="nvidia.com/gpu: $DEVICES"
-    selector="cloud.google.com/gke-accelerator: $ACCELERATOR"
+    selector="cloud.google.com/gke-accelerator: \"$ACCELERATOR\""
   fi
   if ((SPOT)); then
     selector+="${selector:+, }cloud.google.com/gke-spot: \"true\""
   fi
   if [[ $SHARE != none ]]; then
-    volume="{name: runs, nfs: {server: ${SHARE%%:*}, path: ${SHARE#*:}}}"
+    volume="{name: runs, nfs: {server: \"${SHARE%%:*}\", path: \"${SHARE#*:}\"}}"
   fi
   text=$(<jobset.yaml)
   fill NAME "$NAME"
