@@ -1,7 +1,9 @@
 """What runs on devices lowers for every platform, without one at hand.
 
 Lowering for a platform finds primitives that have no rule there. The programs
-hold no number of 64 bits and never call back to the host.
+hold no number of 64 bits and never call back to the host. Several devices are
+those of `mesh`: what `pmap` maps is the same function, but jax lowers it for
+the platform that is there alone.
 """
 
 import functools
@@ -30,14 +32,14 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 pytestmark = pytest.mark.export
 
 
-def train_chunk(dtype):
+def train_chunk(dtype, devices=1):
   """A chunk of the full model with all that is ours, and its arguments."""
   config = toy.get_config(
     "best", interaction_loss="softmax", compute_dtype=dtype
   )
   config.remedies.history_in_user = 0.5
   run = toy.make_run(config, toy.random_data(40, 60))
-  engine = toy.make_engine()
+  engine = toy.make_engine(devices)
   chunk = update.make_train_chunk(
     run.model, config, run.sizes, run.weights, engine, resident=True
   )
@@ -61,10 +63,10 @@ def train_chunk(dtype):
   )
 
 
-def categories(name):
+def categories(name, devices=1):
   """The K-means that seeds categories, or the pass that follows them."""
   run = toy.make_run(toy.get_config("cat"), toy.random_data(40, 60))
-  engine = toy.make_engine()
+  engine = toy.make_engine(devices)
   seed, follow = clustering.make_clustering(run, engine)
   state = engine.replicate(toy.Session(run).state)
   if name == "seed":
@@ -102,8 +104,10 @@ def scorer():
 PROGRAMS = {
   "train": functools.partial(train_chunk, "float32"),
   "train in bfloat16": functools.partial(train_chunk, "bfloat16"),
+  "train on 8": functools.partial(train_chunk, "float32", 8),
   "seed": functools.partial(categories, "seed"),
   "follow": functools.partial(categories, "follow"),
+  "seed on 8": functools.partial(categories, "seed", 8),
   "rank": scorer,
 }
 
@@ -121,6 +125,7 @@ def test_programs_lower_for_every_platform(name):
   function, arguments = PROGRAMS[name]()
   lowered = export.export(function, platforms=PLATFORMS)(*arguments)
   assert lowered.platforms == PLATFORMS
+  assert lowered.nr_devices == (8 if "on 8" in name else 1)
   text = lowered.mlir_module()
   assert "callback" not in text
   found = list(equations(jax.make_jaxpr(function)(*arguments).jaxpr))
@@ -128,7 +133,7 @@ def test_programs_lower_for_every_platform(name):
   types = {
     variable.aval.dtype
     for equation in found
-    for variable in equation.outvars
+    for variable in (*equation.invars, *equation.outvars)
     if hasattr(variable.aval, "dtype")
   }
   wide = {t for t in types if not jnp.issubdtype(t, jax.dtypes.extended)}

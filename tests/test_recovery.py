@@ -215,6 +215,14 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
   assert "Traceback" not in done.err
 
 
+def test_a_damaged_split_is_written_anew(main, undisturbed, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(undisturbed, workdir)
+  (workdir / "result.json").unlink()
+  faults.flip(workdir / "split.parquet", random.Random(0))
+  continue_run(main, workdir, undisturbed)
+
+
 # --- disks --------------------------------------------------------------------
 
 
