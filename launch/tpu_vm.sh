@@ -131,7 +131,8 @@ all_steps() {
   fi
   git rev-parse --quiet --verify HEAD >/dev/null ||
     fail "this folder has no commit, which is what hosts get"
-  trap 'if "$made"; then delete; fi' EXIT # a forgotten machine costs money
+  # A forgotten machine costs money.
+  trap 'if "$made"; then delete || true; fi' EXIT
   for ((restart = 0; restart <= RESTARTS; restart++)); do
     if "$made"; then delete; fi
     code=0

@@ -10,9 +10,7 @@ import jax
 
 from mmm_jax import errors, parallel
 
-OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, parallel.STOPPED
-
-_CONTINUES = "stopped; the same command continues"
+OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, errors.STOPPED
 
 
 class Stopped(Exception):
@@ -36,7 +34,7 @@ def run(main) -> None:
   try:
     code, message = _failure(main)
   except KeyboardInterrupt:  # another one, while this was ending
-    code, message = STOPPED, _CONTINUES
+    code, message = STOPPED, errors.CONTINUES
   finally:
     _on_signals(signal.SIG_IGN)  # no further one changes how it ends
   print(" ".join(message.split()), file=sys.stderr)
@@ -55,7 +53,7 @@ def _failure(main) -> tuple[int, str]:
   except Stopped as stopped:
     return STOPPED, str(stopped)
   except KeyboardInterrupt:
-    return STOPPED, _CONTINUES
+    return STOPPED, errors.CONTINUES
   except errors.LostError as error:
     return STOPPED, f"error: {error}; the same command continues"
   except Exception as error:

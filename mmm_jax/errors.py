@@ -1,4 +1,9 @@
-"""The one error that means: the input, not the program, is wrong."""
+"""How things end that are foreseen: bad input, a lost process, a stop."""
+
+import os
+
+STOPPED = 75  # exit code of what the same command continues
+CONTINUES = "stopped; the same command continues"
 
 
 class InputError(ValueError):
@@ -11,3 +16,11 @@ class InputError(ValueError):
 
 class LostError(RuntimeError):
   """Another process of this run is gone or did not come; it can be resumed."""
+
+
+def stop_at_once(*_) -> None:
+  """Ends the process; a handler of signals where there is nothing to save."""
+  try:
+    os.write(2, f"{CONTINUES}\n".encode())
+  finally:
+    os._exit(STOPPED)

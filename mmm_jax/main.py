@@ -9,19 +9,14 @@ processes are told of one another by the scheduler or by the last three flags.
 Exit codes: 0 done, 2 bad input or config, 75 stopped and resumable, 1 else.
 """
 
-import os
 import signal
 
-
-def _stop_at_once(*_):
-  os.write(2, b"stopped; the same command continues\n")
-  os._exit(75)
-
+from mmm_jax import errors
 
 if __name__ == "__main__":
   # While the rest is imported, for seconds, there is nothing to save.
   for _signal in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(_signal, _stop_at_once)
+    signal.signal(_signal, errors.stop_at_once)
 
 import datetime
 import shlex
@@ -31,7 +26,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from mmm_jax import command, errors, logs, parallel, train, validate
+from mmm_jax import command, logs, parallel, train, validate
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, with variants behind a colon."

@@ -39,7 +39,6 @@ REPLICATED, SHARDED, HOST = "replicated", "sharded", "host"
 _PROCESSES = "process"  # axis with one device of every process
 _TRANSPORTS = ("gloo", "nccl", "coordination")  # in messages of their errors
 _BLOCK = 2**26  # bytes that processes send one another at a time
-STOPPED = 75  # exit code of what the same command continues
 LOST = (
   "error: another process of this run is gone; the same command with the same"
   " --workdir continues"
@@ -285,7 +284,7 @@ def _check_address(coordinator, *, serves):
 class _Ending:
   """How a process ends when JAX aborts it."""
 
-  code, words = STOPPED, ""
+  code, words = errors.STOPPED, ""
 
 
 @contextlib.contextmanager
@@ -320,12 +319,7 @@ def _end(_):
     os._exit(_Ending.code)
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _stop(_):
-  try:
-    os.write(2, b"stopped; the same command continues\n")
-  finally:
-    os._exit(STOPPED)
+_stop = ctypes.CFUNCTYPE(None, ctypes.c_int)(errors.stop_at_once)
 
 
 def decide(code: int) -> None:

@@ -437,6 +437,11 @@ def test_slurm_requeues_one_task_of_an_array(stand_in):
   assert calls(path, "scontrol") == ["scontrol requeue 7_4"]
 
 
+def run_tpu_vm(path, *arguments, **variables):
+  given = {"PROJECT": "p", "ZONE": "z", "SHARE": "none", "TMPDIR": str(path)}
+  return run("tpu_vm.sh", *arguments, path=path, **given, **variables)
+
+
 @pytest.mark.parametrize(
   "codes, machine, ends, machines",
   [
@@ -466,24 +471,26 @@ def test_a_tpu_vm_goes_on_and_is_always_deleted(
         exit "$code" ;;
     esac""",
   )
-  done = run(
-    "tpu_vm.sh",
-    path=path,
-    PROJECT="p",
-    ZONE="z",
-    SHARE="none",
-    RESTARTS=str(max(1, len(codes.split()) - 1) if ends == 0 else 1),
-    TMPDIR=str(tmp_path),
-  )
+  restarts = max(1, len(codes.split()) - 1) if ends == 0 else 1
+  done = run_tpu_vm(path, RESTARTS=str(restarts))
   assert done.returncode == ends, done
   assert len(calls(path, "create")) == machines
   assert len(calls(path, "queued-resources delete")) == machines
   assert "delete" in calls(path)[-1]
 
 
-def run_tpu_vm(path, *arguments, **variables):
-  given = {"PROJECT": "p", "ZONE": "z", "SHARE": "none", "TMPDIR": str(path)}
-  return run("tpu_vm.sh", *arguments, path=path, **given, **variables)
+def test_the_code_is_the_runs_even_if_the_machine_cannot_be_deleted(stand_in):
+  stand_in("git")
+  path = stand_in(
+    "gcloud",
+    """case "$*" in
+      *describe*) echo ACTIVE ;;
+      *mmm_jax.main*) exit 2 ;;
+      *delete*) exit 1 ;;
+    esac""",
+  )
+  assert run_tpu_vm(path).returncode == 2
+  assert len(calls(path, "delete")) == 1
 
 
 def test_a_machine_that_somebody_else_made_is_not_deleted(stand_in):

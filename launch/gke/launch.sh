@@ -33,15 +33,14 @@ on_tpu() {
 train() {
   local pods
   if on_tpu; then
-    pods=--coordinator=auto # GKE tells jax the hosts of a slice
+    # GKE tells jax the hosts of a slice.
+    pods="--coordinator=auto --config.parallel.platform=tpu"
   else
     # Pods of a JobSet have names, and each knows its number.
     pods="--coordinator=$NAME-hosts-0-0.$NAME:8476 --num_processes=$NODES"
     pods+=" --process_id=\$JOB_COMPLETION_INDEX"
+    if ((DEVICES)); then pods+=" --config.parallel.platform=gpu"; fi
   fi
-  local platform=gpu
-  if on_tpu; then platform=tpu; fi
-  if ((DEVICES)); then pods+=" --config.parallel.platform=$platform"; fi
   printf '%s %s\n' "$(quote "$PYTHON" -m mmm_jax.main --config="$CONFIG" \
     --workdir="$WORKDIR" "${flags[@]}")" "$pods"
 }
