@@ -257,14 +257,20 @@ def seen_among(
   return seen[:, place[shared]]
 
 
+def window_draws(
+  keys: jax.Array, epoch: jax.Array, num_networks: int
+) -> jax.Array:
+  """32 random bits of an epoch for every network, [networks] uint32."""
+
+  def draw(number):
+    key = jax.random.fold_in(_key(keys, _NEIGHBOURS), number)
+    return jax.random.bits(jax.random.fold_in(key, epoch), ())
+
+  return jax.vmap(draw)(jnp.arange(num_networks))
+
+
 def neighbours(
-  user: jax.Array,
-  network: Adjacency,
-  *,
-  keys: jax.Array,
-  number: int,
-  epoch: jax.Array,
-  cap: int,
+  user: jax.Array, network: Adjacency, *, draw: jax.Array, cap: int
 ) -> jax.Array:
   """Up to `cap` neighbours or items of each user, PAD behind (Eq. 12).
 
@@ -275,18 +281,14 @@ def neighbours(
   Args:
     user: [B], PAD for nobody.
     network: neighbour lists, shuffled.
-    keys: `branches` of the run.
-    number: tells the networks apart.
-    epoch: finished epochs.
+    draw: the network's of `window_draws`.
     cap: most neighbours in a mean.
 
   Returns:
     [B, cap] int32.
   """
-  key = jax.random.fold_in(_key(keys, _NEIGHBOURS), number)
-  key = jax.random.fold_in(key, epoch)
-  draw = scramble(user.astype(jnp.uint32) ^ jax.random.bits(key, ()))
-  return _window(user, network, draw, cap)
+  draws = scramble(user.astype(jnp.uint32) ^ draw)
+  return _window(user, network, draws, cap)
 
 
 def fixed_neighbours(

@@ -350,21 +350,22 @@ def draw_batch(
   pairs = sampling.take(shards.interactions, places.interactions)
   stream_item = sampling.take(shards.items, places.items)["item"]
   stream_user = sampling.take(shards.users, places.users)["user"].reshape(-1)
+  # Of the networks and of the users' own items, which are a network, too.
+  *draws, history_draw = sampling.window_draws(
+    shards.keys[0], epoch, len(shared.networks) + 1
+  )
   window = functools.partial(
-    sampling.neighbours,
-    keys=shards.keys[0],
-    epoch=epoch,
-    cap=config.network.neighbour_cap,
+    sampling.neighbours, cap=config.network.neighbour_cap
   )
   drawn = lambda ids: {
-    name: window(ids, network, number=number)
-    for number, (name, network) in enumerate(shared.networks.items())
+    name: window(ids, network, draw=draw)
+    for draw, (name, network) in zip(draws, shared.networks.items())
   }
   content = dict(content)
   tokens = content.pop("text", None)
   user, item = pairs["user"].reshape(-1), pairs["item"].reshape(-1)
   window_of_items = functools.partial(
-    window, user, shared.history, number=len(shared.networks)
+    window, user, shared.history, draw=history_draw
   )
   history = window_of_items()
   negatives = _negatives(

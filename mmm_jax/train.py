@@ -133,7 +133,7 @@ class Trainer:
     for num_steps in self._chunks_ahead(at):
       started = time.perf_counter()  # the wait for content counts
       content = next(self._contents)
-      self.state, values = self._chunk(
+      self.state, series = self._chunk(
         np.int32(num_steps),
         self.state,
         self.shards,
@@ -141,8 +141,8 @@ class Trainer:
         plan,
         content,
       )
-      values = jax.device_get(self.engine.first(values))
-      row = self._read(*values, num_steps)
+      values, watched = self.engine.first(series).by_name()
+      row = self._read(values, watched, num_steps)
       self.step += num_steps
       trained = self._positives(num_steps)
       row["interactions_per_s"] = trained / (time.perf_counter() - started)

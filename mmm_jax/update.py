@@ -24,6 +24,18 @@ class TrainState:
   categories: object  # the model's, constant within an epoch
 
 
+@flax.struct.dataclass
+class Series:
+  """What the steps of a chunk say, a row for each: one write and one copy."""
+
+  packed: jax.Array  # [chunk_steps, numbers]
+  names: jax.tree_util.PyTreeDef = flax.struct.field(pytree_node=False)
+
+  def by_name(self):
+    """On the host: what `train_step` says, each number as [chunk_steps]."""
+    return jax.tree.unflatten(self.names, np.asarray(self.packed).T)
+
+
 def learning_rate(config) -> optax.Schedule:
   """Exponential decay, from the rate that belongs to the loss."""
   return optax.exponential_decay(
@@ -134,12 +146,9 @@ def term_values(params, rows, batch, state, *, model, config, steps):
   terms, watched = model.apply(
     {"params": params}, rows, batch, state.categories, method="loss"
   )
-  literal = config.normalisation == "paper_sums"
-  values = {
-    name: _sums(term, steps) if literal else _mean(term)
-    for name, term in terms.items()
-  }
-  return values, watched
+  if config.normalisation == "paper_sums":
+    return {name: _sums(term, steps) for name, term in terms.items()}, watched
+  return _means(terms), watched
 
 
 def table_gradients(state, slots, batch, *, model, config, steps, weights):
@@ -203,9 +212,13 @@ def rows_touched(all_tables, lookups) -> tuple[dict, dict]:
   return rows, touched
 
 
-def _mean(term: losses.Term):
-  """This device's share of the mean over the global batch."""
-  return term.total / jnp.maximum(lax.psum(term.count, parallel.AXIS), 1e-9)
+def _means(terms: dict[str, losses.Term]):
+  """This device's share of each term's mean over the global batch."""
+  # Side by side, as an operation on a single number is a kernel of its own.
+  totals = jnp.stack([term.total for term in terms.values()])
+  counts = jnp.stack([term.count for term in terms.values()])
+  counts = lax.psum(counts, parallel.AXIS)
+  return dict(zip(terms, totals / jnp.maximum(counts, 1e-9)))
 
 
 def _sums(term: losses.Term, steps: int):
@@ -242,8 +255,8 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
 
   Returns:
     A function of (num_steps, state, shards, shared, plan, content) that gives
-    the state after `num_steps` steps, and what `train_step` says of each,
-    [chunk_steps] (zeros behind them). The state's memory is given back to it.
+    the state after `num_steps` steps, and the `Series` of what `train_step`
+    says of each (zeros behind them). The state's memory is given back to it.
     A scan whose length is an argument, so that a short last chunk of an epoch
     is not compiled again.
   """
@@ -266,15 +279,15 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
     def body(at, carry):
       state, slots, series = carry
       state, slots, values = step_at(at, state, slots, *data)
-      write = lambda whole, value: whole.at[at].set(value)
-      return state, slots, jax.tree.map(write, series, values)
+      row = jnp.stack(jax.tree.leaves(values))
+      return state, slots, series.at[at].set(row)
 
     slots = tables.new_slots(state.tables)
     values = jax.eval_shape(step_at, jnp.int32(0), state, slots, *data)[2]
-    length = chunk_steps(config, sizes)
-    series = jax.tree.map(lambda x: jnp.zeros(length, x.dtype), values)
+    numbers, names = jax.tree.flatten(values)
+    series = jnp.zeros((chunk_steps(config, sizes), len(numbers)))
     state, _, series = lax.fori_loop(0, num_steps, body, (state, slots, series))
-    return state, series
+    return state, Series(series, names)
 
   whole, part = parallel.REPLICATED, parallel.SHARDED
   return engine.map(

@@ -1,6 +1,7 @@
 """MMM against Eq. 17-22 written out in NumPy, and its special cases."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -103,8 +104,13 @@ def encode(run, state, source):
   apply = lambda params, first: encoder.apply(
     {"params": params}, first, *inputs[1:]
   )
-  x, back = jax.vjp(apply, params, inputs[0].astype(jnp.float32))
-  return np.asarray(x, np.float64), back
+  first = inputs[0].astype(jnp.float32)
+
+  @jax.jit
+  def back(into):
+    return jax.vjp(apply, params, first)[1](into)
+
+  return np.asarray(jax.jit(apply)(params, first), np.float64), back
 
 
 def literal_parameters(run, state):
@@ -291,6 +297,7 @@ def make_batch(**changes):
   return jax.tree.map(jnp.asarray, batch | changes)
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def loss_terms(model, tables, batch, categories=None, params=None):
   """{term: sum} for tables given as {name: [R, d]}."""
   rule = update.tables.optimizer("sgd", b1=0.0, b2=0.0, eps=0.0)

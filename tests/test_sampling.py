@@ -220,13 +220,23 @@ def test_deal_gives_everything_to_one_shard_in_equal_parts(size):
   assert (np.sort(~real, axis=1) == ~real).all()
 
 
-ORDER = dict(num_shards=4, name=1, keys=KEYS, epoch=np.int32(3))
-
-
-def order_of(stream, shard, **changes):
-  return np.asarray(
-    sampling.epoch_order(stream, jnp.asarray(shard), **ORDER | changes)
+@functools.partial(
+  jax.jit, static_argnames=("name", "steps", "width", "packed")
+)
+def draw_order(stream, shard, *, name=1, keys=KEYS, epoch=3, **settings):
+  return sampling.epoch_order(
+    stream,
+    shard,
+    name=name,
+    keys=keys,
+    epoch=epoch,
+    num_shards=4,
+    **settings,
   )
+
+
+def order_of(stream, shard, **settings):
+  return np.asarray(draw_order(stream, np.array(shard), **settings))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -283,10 +293,8 @@ def test_orders_differ_between_shards_epochs_streams_and_seeds():
 def test_every_place_comes_first_equally_often():
   stream = sampling.deal(0, 1, a=np.arange(7))
   order = jax.vmap(
-    lambda epoch: sampling.epoch_order(
-      stream,
-      jnp.arange(1),
-      **ORDER | dict(epoch=epoch, steps=1, width=7, packed=True),
+    lambda epoch: draw_order(
+      stream, np.arange(1), epoch=epoch, steps=1, width=7, packed=True
     )
   )(jnp.arange(3000))
   assert is_uniform(order[:, 0, 0, 0], 7)
@@ -307,9 +315,8 @@ CAP = 5
 
 @jax.jit
 def draw_neighbours(user, epoch, number=0):
-  return sampling.neighbours(
-    user, adjacency(LISTS), keys=KEYS, number=number, epoch=epoch, cap=CAP
-  )
+  draw = sampling.window_draws(KEYS, epoch, 2)[number]
+  return sampling.neighbours(user, adjacency(LISTS), draw=draw, cap=CAP)
 
 
 def test_neighbours_are_all_of_them_up_to_the_cap():
@@ -343,9 +350,8 @@ def test_neighbours_of_different_users_and_networks_are_unrelated():
   wide = [list(range(40))] * 400
 
   def offsets(number):
-    found = sampling.neighbours(
-      users, adjacency(wide), keys=KEYS, number=number, epoch=2, cap=CAP
-    )
+    draw = sampling.window_draws(KEYS, 2, 2)[number]
+    found = sampling.neighbours(users, adjacency(wide), draw=draw, cap=CAP)
     return np.asarray(found[:, 0])
 
   assert is_uniform(offsets(0), 40)

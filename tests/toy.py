@@ -182,7 +182,7 @@ class Session:
     """Takes `num_steps` steps of one epoch; the values of each."""
     epoch = int(self.state.step) // self.run.sizes.steps
     plan = self._plan(self._shards, np.int32(epoch))
-    state, values = self._chunk(
+    state, series = self._chunk(
       np.int32(num_steps),
       self.engine.replicate(self.state),
       self._shards,
@@ -191,7 +191,7 @@ class Session:
       self._content,
     )
     self.state = to_host(self.engine.first(state))
-    values, watched = to_host(self.engine.first(values))
+    values, watched = self.engine.first(series).by_name()
     with np.errstate(invalid="ignore"):  # a step may hold nothing to watch
       values |= {name: sums / rows for name, (sums, rows) in watched.items()}
     return {name: series[:num_steps] for name, series in values.items()}
