@@ -59,16 +59,42 @@ def controls():
       yield cell(f"mmm:hetrec_lastfm,{control}", "hetrec_lastfm", seed)
 
 
+def _signals(on: str = "") -> dict:
+  """Knobs of `simulated`: one stands at 1, the others at 0."""
+  return {f"dataset__simulated__signal__{k}": float(k == on) for k in KNOBS}
+
+
+def planted_choices():
+  """Which sources to use, and how, where one of them was given something to say.
+
+  Each part has four choices; not to use it is one of them, which is `pmf`.
+  """
+  for on in ("", *KNOBS):
+    shared = {"dataset": "simulated", "epochs": 30, **_signals(on)}
+    yield cell("mmm:best,pmf", **shared)
+    if not on:  # interactions are the same under all knobs
+      for weight in (0.005, 0.08, 0.32):
+        priors = {"weights__user": weight, "weights__item": weight}
+        yield cell("mmm:best,pmf", **shared, **priors)
+    if on != "follow":
+      for sources in ("*", "text", "visual"):
+        yield cell("mmm:best,con", **shared, model__sources=sources)
+    if on in ("", "follow"):
+      for share in (0.17, 0.5, 1.5):
+        yield cell(
+          "mmm:best,net",
+          **shared,
+          model__networks="follow",
+          remedies__networks_in_user=share,
+        )
+
+
 def planted():
   """Whether a source helps where it was given something to say, and only there.
 
   The other knobs stand at 0, so that nothing else helps.
   """
-  off = {f"dataset__simulated__signal__{knob}": 0.0 for knob in KNOBS}
-  settings = [off] + [
-    off | {f"dataset__simulated__signal__{knob}": 1.0} for knob in KNOBS
-  ]
-  for knobs in settings:
+  for knobs in map(_signals, ("", *KNOBS)):
     for part in ("pmf", "con", "cat", "net", "full"):
       for seed in range(3):
         yield cell(f"mmm:best,{part}", "simulated", seed, epochs=30, **knobs)
@@ -113,6 +139,7 @@ SWEEPS = {
     variants,
     ablation,
     controls,
+    planted_choices,
     planted,
     num_categories,
     clusters,
