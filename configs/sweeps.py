@@ -65,7 +65,7 @@ def _signals(on: str = "") -> dict:
 
 
 def planted_choices():
-  """Which sources to use, and how, where one of them was given something to say.
+  """What to use where one source was given something to say, for validation.
 
   Each part has four choices; not to use it is one of them, which is `pmf`.
   """
