@@ -59,8 +59,8 @@ def controls():
       yield cell(f"mmm:hetrec_lastfm,{control}", "hetrec_lastfm", seed)
 
 
-def _signals(on: str = "") -> dict:
-  """Knobs of `simulated`: one stands at 1, the others at 0."""
+def _signals(on: str) -> dict:
+  """Knobs of `simulated`: the one named stands at 1, the others at 0."""
   return {f"dataset__simulated__signal__{k}": float(k == on) for k in KNOBS}
 
 
@@ -72,7 +72,9 @@ def planted_choices():
   for on in ("", *KNOBS):
     shared = {"dataset": "simulated", "epochs": 30, **_signals(on)}
     yield cell("mmm:best,pmf", **shared)
-    if not on:  # interactions are the same under all knobs
+    # Interactions are the same under all knobs, content under `follow`, and
+    # users under the knobs of content.
+    if not on:
       for weight in (0.005, 0.08, 0.32):
         priors = {"weights__user": weight, "weights__item": weight}
         yield cell("mmm:best,pmf", **shared, **priors)
