@@ -94,12 +94,25 @@ def planted_choices():
 def planted():
   """Whether a source helps where it was given something to say, and only there.
 
-  The other knobs stand at 0, so that nothing else helps.
+  The other knobs stand at 0, so that nothing else helps. Each part has what it
+  chose in `planted_choices`, by validation: where no content was better than
+  any, `con` is `pmf`.
   """
-  for knobs in map(_signals, ("", *KNOBS)):
-    for part in ("pmf", "con", "cat", "net", "full"):
+  priors = {"weights__user": 0.005, "weights__item": 0.005}
+  network = {"model__networks": "follow", "remedies__networks_in_user": 1.5}
+  for on in ("", *KNOBS):
+    content = {"model__sources": on if on in ("text", "visual") else ""}
+    parts = {
+      "pmf": priors,
+      "con": content | (priors if not content["model__sources"] else {}),
+      "cat": {},
+      "net": network,
+      "full": content | network,
+    }
+    for part, chosen in parts.items():
+      changes = {"epochs": 30, **_signals(on), **chosen}
       for seed in range(3):
-        yield cell(f"mmm:best,{part}", "simulated", seed, epochs=30, **knobs)
+        yield cell(f"mmm:best,{part}", "simulated", seed, **changes)
 
 
 def num_categories():

@@ -12,7 +12,7 @@ python -m mmm_jax.experiments table --study=FILE,FILE [--into=FILE.md]
 To be run from the repository's root. A trial of a search is validated and
 never tested; the same command goes on with its study. A cell of a sweep is a
 normal run of `mmm_jax.main` in its own folder; a finished one leaves its record
-in tests/results/<sweep>/, and `table` needs nothing else. What two sweeps have
+in tests/results/<sweep>/, and `table` needs nothing else. What two cells have
 in common is run once.
 """
 
@@ -277,10 +277,9 @@ def _is_of(record, wanted) -> bool:
 
 
 def _find_same(wanted) -> pathlib.Path | None:
-  """The record of another sweep's cell that is the same run."""
+  """The record of another cell, of any sweep, that is the same run."""
   for path in sorted(_RESULTS.glob("*/*.json")):
-    other = path.parent.name != _SWEEP.value
-    if other and _is_of(files.read_json(path), wanted):
+    if _is_of(files.read_json(path), wanted):
       return path
   return None
 
