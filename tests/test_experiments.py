@@ -305,15 +305,18 @@ def test_a_cell_is_run_once_recorded_and_tabled(root):
 
   again = call(root, "run")
   assert again.code == 0 and "recorded already" in again.err
-  # A cell of another sweep may be the same run.
-  other = folder.rename(folder.with_name("other"))
-  taken = call(root, "run")
-  assert (
-    taken.code == 0 and "recorded as tests/results/other/0.json" in taken.err
-  )
-  for name in ("0.json", "0.npy"):
-    assert (folder / name).read_bytes() == (other / name).read_bytes()
-  shutil.rmtree(other)
+  # Another cell may be the same run, of this sweep or of another.
+  for other in ("short/9", "other/0"):
+    path = folder.parent / other
+    path.parent.mkdir(exist_ok=True)
+    for kind in (".json", ".npy"):
+      (folder / f"0{kind}").rename(path.with_suffix(kind))
+    taken = call(root, "run")
+    assert taken.code == 0 and f"tests/results/{other}.json" in taken.err
+    for kind in (".json", ".npy"):
+      own, its = folder / f"0{kind}", path.with_suffix(kind)
+      assert own.read_bytes() == its.read_bytes()
+      its.unlink()
   readme = root / "README.md"
   readme.write_text("a\n<!-- table: short -->\nold\n<!-- end -->\nb\n")
   assert call(root, "table", "--into=README.md").code == 0
