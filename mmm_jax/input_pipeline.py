@@ -12,7 +12,7 @@ step in a shard, F width of a source.
 from collections.abc import Iterator
 from concurrent import futures
 import dataclasses
-import itertools
+import math
 
 import grain
 import jax
@@ -24,6 +24,7 @@ from mmm_jax import parallel, sampling
 
 _BLOCK = 256  # items read at a time into what is resident
 _SAMPLE = 4096  # items whose vectors tell mean and variance
+_ALIGNMENT = 64  # bytes; XLA copies what lies otherwise
 _FARTHEST = 10.0  # deviations; a number that is 0 in the sample may be more
 
 
@@ -41,35 +42,25 @@ class ItemContent:
   def __call__(self, items: np.ndarray) -> dict[str, np.ndarray]:
     """[n] ids -> {source: [n, ...]}."""
     real = np.flatnonzero(items != sampling.PAD)
-    found = self._read(items[real]) if real.size else {}
-    if len(real) == len(items):
-      return found
-    content = {
-      name: np.zeros((len(items), *x.shape), x.dtype)
-      for name, x in self.nothing().items()
-    }
-    for name, rows in found.items():
-      content[name][real] = rows
-    return content
-
-  def _read(self, items):
-    content = {}
-    if self.vectors:
-      numbers = self.records[items].tolist()
+    content = self.room((len(items),))
+    if self.tokens is not None:
+      content["text"][real] = self.tokens[items[real]]
+    records = []
+    if self.vectors and real.size:
+      numbers = self.records[items[real]].tolist()
       records = self.item_source.__getitems__(numbers)
     for name in self.vectors:
-      rows = np.stack([record[name] for record in records])
-      content[name] = self._standardised(name, rows)
-    if self.tokens is not None:
-      content["text"] = self.tokens[items]
+      rows = content[name]
+      for place, record in zip(real.tolist(), records):
+        rows[place] = record[name]
+      if name in self.moments:
+        rows[real] = self._standardised(name, rows[real])
     return content
 
   def _standardised(self, name, rows):
-    if name in self.moments:
-      mean, deviation = self.moments[name]
-      rows = (rows.astype(np.float32) - mean) / deviation
-      rows = np.clip(rows, -_FARTHEST, _FARTHEST)
-    return rows.astype(np.float16, copy=False)
+    mean, deviation = self.moments[name]
+    rows = (rows.astype(np.float32) - mean) / deviation
+    return np.clip(rows, -_FARTHEST, _FARTHEST)
 
   def nothing(self) -> dict[str, np.ndarray]:
     content = {
@@ -79,12 +70,27 @@ class ItemContent:
       content["text"] = np.zeros_like(self.tokens[0])
     return content
 
+  def room(self, shape) -> dict[str, np.ndarray]:
+    """Nothing, for as many items: {source: [*shape, ...] zeros}."""
+    return {
+      name: _zeros((*shape, *x.shape), x.dtype)
+      for name, x in self.nothing().items()
+    }
+
   @property
   def bytes_per_item(self) -> int:
     return sum(array.nbytes for array in self.nothing().values())
 
   def fits(self, budget_mb: float) -> bool:
     return self.bytes_per_item * len(self.records) <= budget_mb * 2**20
+
+
+def _zeros(shape, dtype):
+  """Zeros where a device that is a CPU can use them as they lie, uncopied."""
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.zeros(size + _ALIGNMENT, np.uint8)
+  start = -memory.ctypes.data % _ALIGNMENT
+  return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def standardised(
@@ -133,10 +139,7 @@ def load_resident(
   bar = tqdm.tqdm(
     total=items.size, unit="item", desc="content", disable=None, leave=False
   )
-  arrays = {
-    name: np.zeros((items.size, *x.shape), x.dtype)
-    for name, x in content.nothing().items()
-  }
+  arrays = content.room((items.size,))
   missing = -items.size % _BLOCK
   blocks = np.pad(items.reshape(-1), (0, missing), constant_values=sampling.PAD)
   blocks = blocks.reshape(-1, _BLOCK)
@@ -168,23 +171,22 @@ def stream(
     config: the run's config.
   """
 
-  def fetch(batches):
-    parts = list(itertools.islice(batches, length))
+  def fetch(batches, shards, width):
     # A short last chunk keeps the shape of the others.
-    parts += parts[-1:] * (length - len(parts))
-    arrays = {
-      name: np.stack([part[name] for part in parts], axis=1)
-      for name in parts[0]
-    }
-    return engine.shard(arrays)
+    chunk = content.room((shards, length, width))
+    for step, batch in zip(range(length), batches):
+      for name, rows in batch.items():
+        chunk[name][:, step] = rows
+    return engine.shard(chunk)
 
   # One chunk is fetched while the devices work on the one before.
   with futures.ThreadPoolExecutor(1) as thread:
     ahead = None
     for order in orders:
+      shards, steps, width = order.shape
       batches = read(content, order.swapaxes(0, 1), config)
-      for _ in range(0, order.shape[1], length):
-        following = thread.submit(fetch, batches)
+      for _ in range(0, steps, length):
+        following = thread.submit(fetch, batches, shards, width)
         if ahead is not None:
           yield ahead.result()
         ahead = following

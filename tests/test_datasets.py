@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import ml_collections
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from mmm_jax import errors
 from mmm_jax.datasets import (
@@ -225,6 +226,53 @@ def test_missing_modalities_are_masked_and_rows_may_be_a_function(tmp_path):
   np.testing.assert_array_equal(users["timestamps"][0], [5, 7])
   with np.load(folder / "truth.npz", allow_pickle=False) as truth:
     np.testing.assert_array_equal(truth["latent"], np.ones(3))
+
+
+def prepare_vectors(folder, sizes, rng, count=3):
+  """A prepared set of `count` items, each source as long as `sizes` says."""
+  raw = base.RawData(
+    user_ids=["u"],
+    item_ids=[f"video {number}" for number in range(count)],
+    user_items=[np.arange(count)],
+    ordered=True,
+    text=["word " * 60 * number for number in range(count)],
+    vectors={name: rng.random((count, n)) for name, n in sizes.items()},
+  )
+  records.prepare(folder, "set", lambda: raw)
+  return records.Vectors(folder, "set", tuple(sizes)), raw.vectors
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 5000, 9000])
+def test_vectors_are_found_where_tfds_finds_them(tmp_path, size):
+  # Their bytes, and an item's, have lengths of one, two, and three digits.
+  rng = np.random.default_rng(size)
+  sizes = {"visual": size, "audio": 4, "v": 7}
+  source, _ = prepare_vectors(tmp_path / "set-0", sizes, rng)
+  builder = tfds.builder_from_directory(
+    tmp_path / "set-0" / "set" / "items" / records.VERSION
+  )
+  by_tfds = builder.as_data_source(split="train")
+  assert len(source) == len(by_tfds) == 3
+  for ours, theirs in zip(source.__getitems__(range(3)), by_tfds):
+    assert set(ours) == set(sizes)
+    for name in sizes:
+      assert ours[name].dtype == np.float16
+      np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_records_of_several_files(tmp_path):
+  rng = np.random.default_rng(0)
+  sizes = {"visual": 5}
+  source, first = prepare_vectors(tmp_path / "set-0", sizes, rng)
+  other, second = prepare_vectors(tmp_path / "set-1", sizes, rng, count=2)
+  # TFDS begins a second file only after many megabytes.
+  source._readers += other._readers
+  source._ends = np.array([3, 5])
+  assert len(source) == 5
+  rows = np.concatenate([first["visual"], second["visual"]]).astype(np.float16)
+  wanted = [4, 0, 3, 2, 2]
+  found = [record["visual"] for record in source.__getitems__(wanted)]
+  np.testing.assert_array_equal(found, rows[wanted])
 
 
 def test_statistics(tmp_path):

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ import pathlib
 import shutil
 from typing import TYPE_CHECKING
 
+from array_record.python import array_record_module
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 VERSION = "1.0.0"
 _BLOCK = 1024  # records read at a time
+_BUFFER = 2**14  # bytes that a reader asks its file for
 _SPLIT = "train"  # TFDS wants a split's name; ours are made at load
 
 
@@ -262,6 +263,8 @@ def _write(temporary, name, raw):
     )
     with contextlib.redirect_stdout(None):
       builder.download_and_prepare(download_dir=temporary / "downloads")
+    for path in builder.info.splits[_SPLIT].filepaths:
+      _decompress(path)
   shutil.rmtree(temporary / "downloads", ignore_errors=True)
   if raw.extra:
     np.savez(temporary / "truth.npz", **raw.extra)
@@ -281,6 +284,35 @@ def _write(temporary, name, raw):
 
 
 _UNREGISTERED = {"skip_registration": True}
+
+
+def _decompress(path):
+  """Writes the records of a file anew, without the compression of TFDS.
+
+  With it the set `simulated` takes 100 MB instead of 163, and its vectors twice
+  as long to be read, in every epoch in which they stream.
+  """
+  reader = _open(path)
+  plain = path.with_suffix(".plain")
+  writer = array_record_module.ArrayRecordWriter(
+    os.fspath(plain), "group_size:1,uncompressed"
+  )
+  for start in range(0, reader.num_records(), _BLOCK):
+    numbers = range(start, min(start + _BLOCK, reader.num_records()))
+    for record in reader.read(list(numbers)):
+      writer.write(record)
+  writer.close()
+  reader.close()
+  plain.replace(path)
+
+
+def _open(path):
+  # Neither reading ahead nor large buffers help where every place is drawn.
+  return array_record_module.ArrayRecordReader(
+    os.fspath(path),
+    options="readahead_buffer_size:0",
+    file_reader_buffer_size=_BUFFER,
+  )
 
 
 def _sync(folder):
@@ -359,48 +391,53 @@ def disk_reason(error: BaseException | None) -> str:
 class Source:
   """Random access to records: `len(source)`, `source[number] -> dict`.
 
-  Reads through `tfds.data_source` and parses here: TFDS' general decoder
-  takes ten times as long for records as small as ours. Threads may share it,
-  and pickling it keeps the address alone.
+  Reads TFDS' files by itself: TFDS' own source takes twice as long to find
+  records as small as ours, and its decoder ten times. Threads may share it, and
+  pickling it keeps the address alone.
   """
 
-  def __init__(
-    self, folder: pathlib.Path, config: str, name: str, *, skip=(), only=None
-  ):
+  def __init__(self, folder: pathlib.Path, config: str, name: str, skip=()):
     """Opens the records.
 
     Args:
       folder: a prepared set.
       config: 'users' or 'items'.
       name: of the set.
-      skip: features that are left out (long vectors).
-      only: features besides which all are left out, or None.
+      skip: features that are left out.
     """
-    self._arguments = (folder, config, name)
-    self._choice = {"skip": skip, "only": only}
+    self._arguments = (folder, config, name, skip)
     builder = tfds.builder_from_directory(folder / name / config / VERSION)
-    stored = builder.info.features
-    self._features = {
-      key: stored[key]
-      for key in (stored if only is None else only)
-      if key not in skip
-    }
-    self._bytes = builder.as_data_source(
-      split=_SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
+    features = builder.info.features
+    self._features = {k: features[k] for k in features if k not in skip}
+    split = builder.info.splits[_SPLIT]
+    self._readers = [_open(path) for path in split.filepaths]
+    self._ends = np.cumsum(split.shard_lengths)
 
   def __reduce__(self):
-    return functools.partial(Source, **self._choice), self._arguments
+    return type(self), self._arguments
 
   def __len__(self) -> int:
-    return len(self._bytes)
+    return int(self._ends[-1])
 
   def __getitem__(self, number: int) -> dict:
-    return self._parse(self._bytes[number])
+    return self.__getitems__([number])[0]
 
   def __getitems__(self, numbers) -> list[dict]:
     with _damage_named(self._arguments[0]):
-      return [self._parse(each) for each in self._bytes.__getitems__(numbers)]
+      return [self._parse(record) for record in self._read(numbers)]
+
+  def _read(self, numbers):
+    """The bytes of each record, file by file."""
+    numbers = np.asarray(numbers)
+    file = np.searchsorted(self._ends, numbers, side="right")
+    found = [b""] * len(numbers)
+    for each in np.unique(file):
+      at = np.flatnonzero(file == each)
+      reader = self._readers[each]
+      own = numbers[at] - self._ends[each] + reader.num_records()
+      for place, record in zip(at, reader.read(own.tolist())):
+        found[place] = record
+    return found
 
   def _parse(self, serialised):
     fields = tf_example_pb2.Example.FromString(serialised).features.feature
@@ -417,6 +454,48 @@ class Source:
         for key, value in record.items():
           result[key].append(value)
     return result
+
+
+class Vectors(Source):
+  """The dense vectors of items alone.
+
+  They are looked up in a record's bytes, which takes half the time of parsing
+  it and makes no copy.
+  """
+
+  def __init__(self, folder: pathlib.Path, name: str, sources):
+    super().__init__(folder, "items", name)
+    self._arguments = (folder, name, sources)
+    self._wanted = {each.encode(): self._features[each] for each in sources}
+
+  def _parse(self, serialised):
+    found = {}
+    # A tf.train.Example is one field of entries, each a name and its feature.
+    _, at = _length(serialised, 0)
+    while len(found) < len(self._wanted):
+      size, at = _length(serialised, at)
+      end = at + size
+      size, at = _length(serialised, at)
+      name = serialised[at : at + size]
+      if name in self._wanted:
+        at += size
+        for _ in range(3):  # a feature of a list of bytes, of which it has one
+          _, at = _length(serialised, at)
+        (count,), dtype = self._wanted[name].shape, self._wanted[name].np_dtype
+        found[name.decode()] = np.frombuffer(serialised, dtype, count, at)
+      at = end
+    return found
+
+
+def _length(serialised, at):
+  """Length and first place of the content of the protobuf field at `at`."""
+  length, shift = 0, 0
+  while True:
+    at += 1  # behind the field's number, which is a byte
+    length |= (serialised[at] & 127) << shift
+    if serialised[at] < 128:
+      return length, at + 1
+    shift += 7
 
 
 def _decode(field, feature):
@@ -468,7 +547,7 @@ def read(
       name, vectors = about["name"], about["vectors"]
       users = Source(folder, "users", name)
       items = Source(folder, "items", name, skip=vectors)
-      return about, users, items, Source(folder, "items", name, only=vectors)
+      return about, users, items, Vectors(folder, name, tuple(vectors))
 
   about, users, items, vectors = processes.together(begin)
   return (
