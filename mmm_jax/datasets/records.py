@@ -391,8 +391,8 @@ def disk_reason(error: BaseException | None) -> str:
 class Source:
   """Random access to records: `len(source)`, `source[number] -> dict`.
 
-  Reads TFDS' files by itself: TFDS' own source takes twice as long to find
-  records as small as ours, and its decoder ten times. Threads may share it, and
+  Reads TFDS' files by itself: for records as small as ours TFDS' own source
+  takes half as long again, and its decoder ten times. Threads may share it, and
   pickling it keeps the address alone.
   """
 
