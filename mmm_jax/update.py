@@ -282,11 +282,14 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
       row = jnp.stack(jax.tree.leaves(values))
       return state, slots, series.at[at].set(row)
 
+    # Of one type with the loop's, or the step is traced a second time.
+    first = jnp.int32(0)
     slots = tables.new_slots(state.tables)
-    values = jax.eval_shape(step_at, jnp.int32(0), state, slots, *data)[2]
+    values = jax.eval_shape(step_at, first, state, slots, *data)[2]
     numbers, names = jax.tree.flatten(values)
     series = jnp.zeros((chunk_steps(config, sizes), len(numbers)))
-    state, _, series = lax.fori_loop(0, num_steps, body, (state, slots, series))
+    carry = (state, slots, series)
+    state, _, series = lax.fori_loop(first, num_steps, body, carry)
     return state, Series(series, names)
 
   whole, part = parallel.REPLICATED, parallel.SHARDED
