@@ -10,10 +10,9 @@ import pytest
 
 import runs
 
-# Most of a cold suite's time goes into compiling small programs that run for a
-# moment. These compile them twice as fast, into slower code of the same meaning,
-# here and in the commands that tests start. The other steps of .ci/run compile
-# as users do.
+# Half of a cold suite's time goes into compiling small programs that run for a
+# moment; with these about a quarter. The code means the same and is slower,
+# here and in commands that tests start. .ci/run compiles the rest as users do.
 _FLAGS = [
   "--xla_backend_optimization_level=0",
   "--xla_cpu_parallel_codegen_split_count=1",
