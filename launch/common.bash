@@ -44,6 +44,9 @@ check_values() {
     [[ ${!name-x} != *[^A-Za-z0-9_./:@-]* ]] ||
       wrong "$name" "letters, digits and _ . / : @ -"
   done
+  for name in CONFIG WORKDIR PYTHON SWEEP CELLS PROJECT ZONE RUNTIME; do
+    [[ ${!name-} != *$'\n'* ]] || fail "$name holds a line break"
+  done
   [[ ${flags[*]-} != *$'\n'* ]] || fail "a flag holds a line break"
 }
 

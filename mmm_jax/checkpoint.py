@@ -6,9 +6,11 @@ so that reading one needs neither pickle nor the classes that wrote it.
 """
 
 import contextlib
+import errno
 import functools
 import io
 import logging
+import os
 import time
 import zlib
 
@@ -20,6 +22,17 @@ from mmm_jax import errors, parallel
 from mmm_jax.datasets import records
 
 _SUMS = "crc32"  # {path of a leaf: checksum}, in Orbax's custom metadata
+
+# What keeps a file from being read that is not damaged.
+_PASSING = (
+  errno.EACCES,
+  errno.EPERM,
+  errno.EMFILE,
+  errno.ENFILE,
+  errno.ENOMEM,
+  errno.ESTALE,
+  errno.ETIMEDOUT,
+)
 
 _LOG = logging.getLogger("mmm_jax")
 
@@ -103,7 +116,8 @@ def restore(manager: ocp.CheckpointManager, template):
     The tree with NumPy leaves, or None if there is no checkpoint at all.
 
   Raises:
-    errors.InputError: there are checkpoints, and none of them loads.
+    errors.InputError: there are checkpoints, and none of them loads, or the
+      system does not let one be read.
   """
   steps = sorted(manager.all_steps(), reverse=True)
   for number, step in enumerate(steps):
@@ -113,6 +127,7 @@ def restore(manager: ocp.CheckpointManager, template):
         manager.delete(damaged)
       return tree
     except Exception as error:  # whatever a damaged file makes Orbax raise
+      _check_readable(error, f"checkpoint {step} of {manager.directory}")
       reason = " ".join(str(error).split())[:200]  # TensorStore's go on
       _LOG.warning(
         "checkpoint %s of %s does not load (%s: %s); trying the one before",
@@ -124,6 +139,21 @@ def restore(manager: ocp.CheckpointManager, template):
       " the folder to start anew, or give another --workdir"
     )
   return None
+
+
+def _check_readable(error: BaseException | None, what: str):
+  """Raises InputError if the system is to blame, and `what` may be whole."""
+  while error is not None:
+    # TensorStore has the system's words only.
+    said = str(error).lower()
+    for number in _PASSING:
+      words = os.strerror(number)
+      if getattr(error, "errno", None) == number or words.lower() in said:
+        raise errors.InputError(
+          f"cannot read {what}: {words}; mend that, then the same command"
+          " continues"
+        ) from error
+    error = error.__cause__ or error.__context__
 
 
 def _check_sums(flat, metadata):

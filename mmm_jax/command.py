@@ -17,6 +17,14 @@ class Stopped(Exception):
   """A signal asked a run to stop; its checkpoint is written."""
 
 
+class Ended(Exception):
+  """A command that this one started ended with `code`, and so does this one."""
+
+  def __init__(self, code: int, message: str):
+    super().__init__(message)
+    self.code = code
+
+
 class NonFiniteError(FloatingPointError):
   """A loss term is NaN or infinite; the message says where."""
 
@@ -25,7 +33,7 @@ def run(main) -> None:
   """Runs `main(argv)`; whatever is foreseen ends in one line of stderr.
 
   Exit codes: 0 done, 2 bad input or config, 75 stopped and resumable, 1
-  anything else.
+  anything else; that of a command which this one started and which failed.
   """
   _quieten()
   # Whoever has something to save handles the two signals; before and after,
@@ -52,6 +60,8 @@ def _failure(main) -> tuple[int, str]:
     return FAILED, f"error: {error}"
   except Stopped as stopped:
     return STOPPED, str(stopped)
+  except Ended as ended:
+    return ended.code, f"error: {ended}"
   except KeyboardInterrupt:
     return STOPPED, errors.CONTINUES
   except errors.LostError as error:

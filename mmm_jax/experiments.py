@@ -314,10 +314,17 @@ def _train(cell, config, workdir):
   )
   if code == command.STOPPED:
     raise command.Stopped(f"stopped in {cell.line}; the same command continues")
+  if code < 0:  # for a shell 128 and the signal's number
+    raise command.Ended(
+      128 - code,
+      f"{cell.line}: signal {-code} killed its run in {workdir}; the same"
+      " command continues",
+    )
   if code:
-    raise errors.InputError(
+    raise command.Ended(
+      code,
       f"{cell.line}: its run in {workdir} ended with {code}; the message above"
-      " says why"
+      " says why",
     )
 
 

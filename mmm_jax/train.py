@@ -77,10 +77,14 @@ class Trainer:
     run, engine = self.run, self.engine
     state = assemble.initial_state(run)
     best = scoring.snapshot(state, -np.inf)
-    found = checkpoint.restore(self.checkpoints, {"state": state, "best": best})
+    template = {"state": state, "best": best}
+    found = parallel.together(
+      lambda: checkpoint.restore(self.checkpoints, template)
+    )
     if found is not None:
       state, best = found["state"], found["best"]
     self.best, self.step = best, int(state.step)
+    parallel.check_alike("the checkpoint they read", str(self.step))
     last = self.log.last_step()
     if found is not None or last:
       self.manifest.resumed(step=self.step, last_step=last)

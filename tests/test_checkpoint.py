@@ -1,6 +1,8 @@
 """Checkpoints come back bit for bit, and a damaged one is passed over."""
 
+import errno
 import logging
+import os
 import random
 import shutil
 
@@ -129,6 +131,28 @@ def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path):
   manager = checkpoint.open_manager(tmp_path, keep=2)
   with pytest.raises(errors.InputError, match="remove the folder"):
     checkpoint.restore(manager, make_tree(0))
+  manager.close()
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.ESTALE, os.strerror(errno.ESTALE)),
+    ValueError('PERMISSION_DENIED: Error opening "d": Permission denied'),
+  ],
+)
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch, error):
+  saved(tmp_path, 1, 2).close()
+  manager = checkpoint.open_manager(tmp_path, keep=2)
+
+  def load(manager, step, template):
+    raise RuntimeError("while it was read") from error
+
+  monkeypatch.setattr(checkpoint, "load", load)
+  with pytest.raises(errors.InputError, match="cannot read checkpoint 2 of"):
+    checkpoint.restore(manager, make_tree(0))
+  monkeypatch.undo()
+  assert_bits(checkpoint.restore(manager, make_tree(0)), make_tree(2))
   manager.close()
 
 

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -355,6 +356,29 @@ def test_a_stopped_sweep_lets_its_run_save(root):
   assert "stopped in 0 mmm:tiny,pmf" in said
   saved = [path.name for path in root.glob("runs/*/short/*/checkpoints/*")]
   assert any(f"stopped at step {step};" in said for step in saved)
+
+
+@pytest.mark.parametrize(
+  ("code", "own", "words"),
+  [
+    (1, 1, "ended with 1; the message above"),
+    (-9, 128 + 9, "signal 9 killed its run"),  # as a shell says it
+  ],
+)
+def test_a_sweep_ends_as_its_run_does(root, code, own, words):
+  """Launchers continue what a signal killed, and not what failed."""
+  script = textwrap.dedent(f"""
+    import sys
+    from mmm_jax import command, experiments
+    experiments._call = lambda command_line: {code}
+    sys.argv = ["experiments", "run", "--sweep=short"]
+    command.run(experiments.main)
+  """)
+  pipes = {"stderr": subprocess.PIPE, "text": True}
+  done = subprocess.run(
+    [sys.executable, "-c", script], cwd=root, env=runs.environment(), **pipes
+  )
+  assert done.returncode == own and words in done.stderr
 
 
 @pytest.mark.parametrize(
