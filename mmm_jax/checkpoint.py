@@ -67,6 +67,8 @@ def save(manager: ocp.CheckpointManager, step: int, tree) -> None:
     reason = records.disk_reason(error)
     if not reason:
       raise
+    # Nor is anybody told what its tasks say when they are thrown away.
+    logging.getLogger("asyncio").disabled = True
     raise errors.InputError(
       f"cannot write the checkpoint of step {step} to {manager.directory}:"
       f" {reason}; free some space, then the same command continues"

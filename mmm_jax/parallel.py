@@ -248,9 +248,10 @@ def join(
         shutdown_timeout_seconds=timeout_s,
       )
   except ValueError as error:  # of flags or an environment that say too little
-    raise errors.InputError(
-      f"--coordinator, --num_processes, --process_id: {error}"
-    ) from error
+    names = "--coordinator, --num_processes and --process_id"
+    if coordinator is None:
+      names = f"what the environment says of this run's processes, or {names}"
+    raise errors.InputError(f"{names}: {error}") from error
   except RuntimeError as error:
     raise errors.LostError(f"{late}: {error}") from error
   if jax.process_index():
@@ -261,6 +262,10 @@ def _scheduled() -> bool:
   """Whether a scheduler started this process as one of several."""
   tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
   workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+  if not tasks.isdecimal():
+    raise errors.InputError(
+      f"SLURM_STEP_NUM_TASKS: found {tasks!r}, valid: a whole number, or unset"
+    )
   return int(tasks) > 1 or "," in workers
 
 

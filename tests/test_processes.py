@@ -234,6 +234,14 @@ def test_flags_that_say_too_little_are_explained():
   assert "found 'localhost', valid: HOST:PORT" in done.err
 
 
+def test_an_environment_that_says_too_little_is_explained(monkeypatch):
+  monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "x")
+  with runs.start("mmm_jax.main", runs.CONFIG, stderr=-1, text=True) as process:
+    _, said = process.communicate(timeout=60)
+  assert process.returncode == command.BAD_INPUT
+  assert "SLURM_STEP_NUM_TASKS: found 'x', valid: a whole number" in said
+
+
 def test_without_other_processes_nothing_is_exchanged():
   assert parallel.any_process([True, False]) == [True, False]
   done = []

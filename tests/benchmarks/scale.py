@@ -79,7 +79,7 @@ CHIPS = {
   "H200": Chip(141, 4800, 450, 8, 400),
 }
 TIMED = ("H200", "TPU v5e")
-# What a step takes for all that is not counted here: on an H200 MMM's took .68 ms
+# What a step takes for all that is not counted here: on an H200 MMM took .68 ms
 # (tests/results/gpu.json), of which its memory explains .07.
 ELSE_MS = 0.6
 
