@@ -49,7 +49,7 @@ def _resampled_means(values, seed):
   return (values[:, found] @ times).T / num_users
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _times_drawn(num_users, seed):
   """How often every user is drawn, [U, SAMPLES]; for all rows of a table."""
   rng = np.random.default_rng(seed)
