@@ -143,19 +143,15 @@ def restore(manager: ocp.CheckpointManager, template):
   return None
 
 
-def _check_readable(error: BaseException | None, what: str):
+def _check_readable(error: BaseException, what: str):
   """Raises InputError if the system is to blame, and `what` may be whole."""
-  while error is not None:
-    # TensorStore has the system's words only.
-    said = str(error).lower()
-    for number in _PASSING:
-      words = os.strerror(number)
-      if getattr(error, "errno", None) == number or words.lower() in said:
-        raise errors.InputError(
-          f"cannot read {what}: {words}; mend that, then the same command"
-          " continues"
-        ) from error
-    error = error.__cause__ or error.__context__
+  for cause in records.causes(error):
+    number = records.system_number(cause, _PASSING)
+    if number:
+      raise errors.InputError(
+        f"cannot read {what}: {os.strerror(number)}; mend that, then the same"
+        " command continues"
+      ) from error
 
 
 def _check_sums(flat, metadata):

@@ -386,7 +386,7 @@ class Faults:
     # A bit may lie where nobody reads, and then there is nothing to be said.
     if altered(workdir, before):
       self.damaged[step] = True
-    what = "" if self.damaged else ", which changes nothing"
+    what = "" if step in self.damaged else ", which changes nothing"
     print(f"  then {act.__name__} {path}{what}", file=self.log, flush=True)
 
   def summary(self) -> str:

@@ -8,7 +8,7 @@ that a folder with that name is always complete.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import contextlib
 import errno
 import fcntl
@@ -373,19 +373,32 @@ _DISK = {
 }
 
 
-def disk_reason(error: BaseException | None) -> str:
+def disk_reason(error: BaseException) -> str:
   """Why a write failed, in words, or '' if it was not the disk's fault."""
-  while error is not None:
-    if isinstance(error, OSError) and error.errno in _DISK:
-      return _DISK[error.errno]
-    # The ArrayRecord writer's own errors carry the system's words only.
-    for number, words in _DISK.items():
-      if os.strerror(number).lower() in str(error).lower():
-        return words
-    if "not enough disk space" in str(error).lower():
+  for cause in causes(error):
+    number = system_number(cause, _DISK)
+    if number:
+      return _DISK[number]
+    if "not enough disk space" in str(cause).lower():
       return "not enough space"
-    error = error.__cause__ or error.__context__
   return ""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+  """An exception and those behind it, the newest first."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
+
+
+def system_number(error: BaseException, among: Collection[int]) -> int:
+  """Which of the system's error numbers `among` an exception tells of, or 0."""
+  if isinstance(error, OSError) and error.errno in among:
+    return error.errno
+  # ArrayRecord's and TensorStore's own errors carry the system's words only.
+  said = str(error).lower()
+  found = (each for each in among if os.strerror(each).lower() in said)
+  return next(found, 0)
 
 
 class Source:
