@@ -68,7 +68,9 @@ requeue() {
   fi
   [[ $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]] || return 0
   if ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
-    scontrol requeue "$job"
+    # Not what salloc made.
+    scontrol requeue "$job" ||
+      echo "this job cannot be queued again; the same command continues" >&2
   else
     echo "stopped after $RESTARTS restarts; the same command continues" >&2
   fi

@@ -57,8 +57,13 @@ create() {
 
 # The request stands in a queue until there is a machine for it.
 await_machine() {
-  local now
+  local now silent=0
   until now=$(state) && [[ $now == ACTIVE ]]; do
+    if [[ -n $now ]]; then silent=0; else ((++silent)); fi
+    if ((silent == 20)); then
+      echo "error: gcloud has said nothing of the machine for 10 minutes" >&2
+      return 1
+    fi
     case $now in
       FAILED) echo "error: the request for a machine failed" >&2 && return 1 ;;
       SUSPENDED) echo "the machine was taken away" >&2 && return 75 ;;
@@ -120,7 +125,8 @@ delete() {
 # 75: stopped and resumable; above 128: killed, or the connection was lost. Any
 # other code is the run's own, unless the machine is no longer there.
 resumable() {
-  (($1 == 75 || $1 > 128)) || [[ $(state) != ACTIVE ]]
+  local now
+  (($1 == 75 || $1 > 128)) || { now=$(state) && [[ $now != ACTIVE ]]; }
 }
 
 all_steps() {

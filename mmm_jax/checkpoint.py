@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import os
+import shutil
 import time
 import zlib
 
@@ -38,7 +39,13 @@ _LOG = logging.getLogger("mmm_jax")
 
 
 def open_manager(folder, *, keep: int) -> ocp.CheckpointManager:
-  """The manager of `folder`, which is made if need be."""
+  """The manager of `folder`, which is made if need be.
+
+  Raises:
+    errors.InputError: there are checkpoints, and Orbax can list none of them,
+      or the system does not let one be read.
+  """
+  parallel.on_first(lambda: _delete_unlisted(folder))
   options = ocp.CheckpointManagerOptions(
     max_to_keep=keep, create=True, enable_async_checkpointing=False
   )
@@ -46,6 +53,26 @@ def open_manager(folder, *, keep: int) -> ocp.CheckpointManager:
   # which may be damaged, to learn how to read the others.
   handler = ocp.StandardCheckpointHandler()
   return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
+
+
+def _delete_unlisted(folder):
+  """Deletes checkpoints that Orbax cannot list beside others that it can.
+
+  For one of them it would not open the folder at all.
+  """
+  found = list(ocp.path.step.standard_name_format().find_all(folder))
+  damaged = []
+  for each in found:
+    try:
+      each.commit_timestamp  # noqa: B018, reads all that it lists
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+      _check_readable(error, f"checkpoint {each.step} of {folder}")
+      damaged.append((each, error))
+  if damaged and len(damaged) == len(found):
+    raise _none_loads(folder, [each.step for each in found])
+  for each, error in damaged:
+    _say_damaged(folder, each.step, error)
+    shutil.rmtree(each.path)
 
 
 def save(manager: ocp.CheckpointManager, step: int, tree) -> None:
@@ -130,17 +157,25 @@ def restore(manager: ocp.CheckpointManager, template):
       return tree
     except Exception as error:  # whatever a damaged file makes Orbax raise
       _check_readable(error, f"checkpoint {step} of {manager.directory}")
-      reason = " ".join(str(error).split())[:200]  # TensorStore's go on
-      _LOG.warning(
-        "checkpoint %s of %s does not load (%s: %s); trying the one before",
-        step, manager.directory, type(error).__name__, reason,
-      )  # fmt: skip
+      _say_damaged(manager.directory, step, error)
   if steps:
-    raise errors.InputError(
-      f"none of the checkpoints {steps} in {manager.directory} loads; remove"
-      " the folder to start anew, or give another --workdir"
-    )
+    raise _none_loads(manager.directory, steps)
   return None
+
+
+def _say_damaged(folder, step, error):
+  reason = " ".join(str(error).split())[:200]  # TensorStore's go on
+  _LOG.warning(
+    "checkpoint %s of %s does not load (%s: %s); trying the one before",
+    step, folder, type(error).__name__, reason,
+  )  # fmt: skip
+
+
+def _none_loads(folder, steps):
+  return errors.InputError(
+    f"none of the checkpoints {steps} in {folder} loads; remove the folder to"
+    " start anew, or give another --workdir"
+  )
 
 
 def _check_readable(error: BaseException, what: str):

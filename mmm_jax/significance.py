@@ -63,8 +63,8 @@ def _times_drawn(num_users, seed):
 def wilcoxon(one: np.ndarray, other: np.ndarray) -> float:
   """Two-sided p of Wilcoxon's signed-rank test on paired values [U].
 
-  Pairs without a difference share their ranks between the signs (Pratt), as
-  most users of a sparse set find nothing in either list.
+  Pairs without a difference, most of a sparse set, are ranked with the others
+  and then left out (Pratt).
   """
   difference = one - other
   if not difference.any():

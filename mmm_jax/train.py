@@ -46,7 +46,7 @@ class Trainer:
   def __init__(
     self, run: assemble.Run, workdir: pathlib.Path, engine: parallel.Engine
   ):
-    self.run, self.engine = run, engine
+    self.run, self.workdir, self.engine = run, workdir, engine
     self.config, self.sizes = run.config, run.sizes
     self.has_valid = bool((run.split.part == splits.VALID).any())
     # First, because it refuses a folder of other data.
@@ -302,6 +302,7 @@ class Trainer:
 
   def save(self):
     self._check_state()
+    parallel.on_first(lambda: folders.check_there(self.workdir))
     tree = {"state": self.engine.first(self.state), "best": self.best}
     with self.manifest.timed("checkpoints"):
       checkpoint.save(self.checkpoints, self.step, tree)
@@ -368,14 +369,18 @@ def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
   with contextlib.ExitStack() as held:
 
     def enter():
-      held.enter_context(folders.locked(workdir))
+      mark = held.enter_context(folders.locked(workdir))
       folders.check_config(config, workdir)
-      return folders.read_result(workdir)
+      return mark, folders.read_result(workdir)
 
     # What the folder holds, others might see late on a shared file system.
-    result = parallel.on_first(enter)
+    mark, result = parallel.on_first(enter)
     if result is not None:
       return result
+    timeout_s = config.parallel.timeout_s
+    parallel.together(
+      lambda: folders.check_shared(workdir, mark, timeout_s=timeout_s)
+    )
     engine = parallel.make_engine(config)
     run = assemble.assemble(config)
     fingerprints = run.dataset.fingerprint, run.split.fingerprint

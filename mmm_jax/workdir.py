@@ -2,8 +2,12 @@
 
 import contextlib
 import fcntl
+import os
 import pathlib
+import platform
+import secrets
 import shutil
+import time
 
 from mmm_jax import assemble, errors, files, validate
 from mmm_jax.datasets import splits
@@ -11,10 +15,14 @@ from mmm_jax.datasets import splits
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path):
-  """Makes the folder and keeps other processes out of it."""
+  """Makes the folder and keeps other processes out of it.
+
+  Yields what stands in the lock, by which the processes of a run know it.
+  """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    lock = open(workdir / ".lock", "w")  # noqa: SIM115, closed below
+    # Who is refused must not empty it.
+    lock = open(workdir / ".lock", "a")  # noqa: SIM115, closed below
   except OSError as error:
     raise errors.InputError(
       f"cannot write to workdir {workdir}: {error.strerror}; choose another"
@@ -35,10 +43,49 @@ def locked(workdir: pathlib.Path):
       ) from error
     _remove_leftovers(workdir)
     try:
-      yield
+      with files.explained(workdir):
+        mark = secrets.token_hex(8)
+        lock.truncate(0)
+        lock.write(mark)
+        lock.flush()
+        os.fsync(lock.fileno())
+      yield mark
     except (errors.InputError, KeyboardInterrupt):
       _remove_if_empty(workdir)
       raise
+
+
+def check_shared(workdir: pathlib.Path, mark: str, *, timeout_s: int) -> None:
+  """Whether the folder is the one that the first process of a run has locked.
+
+  Raises:
+    errors.InputError: its `mark` is not to be seen there in time.
+  """
+  end = time.monotonic() + timeout_s
+  while not _is_marked(workdir / ".lock", mark):
+    if time.monotonic() > end:
+      raise errors.InputError(
+        f"{workdir} on {platform.node()} is not the folder in which the first"
+        " process works; give a --workdir on storage that all processes of the"
+        " run share"
+      )
+    time.sleep(0.2)
+
+
+def _is_marked(path, mark):
+  try:
+    return path.read_text() == mark
+  except OSError:
+    return False
+
+
+def check_there(workdir: pathlib.Path) -> None:
+  """Raises InputError if somebody has taken the folder's files away."""
+  if not (workdir / "manifest.json").exists():
+    raise errors.InputError(
+      f"{workdir}: manifest.json was there and is gone; was the folder removed"
+      " while this run worked in it? The same command starts anew"
+    )
 
 
 def _remove_leftovers(workdir):
@@ -52,8 +99,8 @@ def _remove_leftovers(workdir):
 
 def _remove_if_empty(workdir):
   """Leaves nothing of a run that did not start."""
-  if [path.name for path in workdir.iterdir()] == [".lock"]:
-    with contextlib.suppress(OSError):
+  with contextlib.suppress(OSError):
+    if [path.name for path in workdir.iterdir()] == [".lock"]:
       (workdir / ".lock").unlink()
       workdir.rmdir()
 
@@ -103,7 +150,11 @@ def write_results(
 
   Returns:
     What result.json holds.
+
+  Raises:
+    errors.InputError: the folder is gone, or cannot be written.
   """
+  check_there(workdir)
   per_user = {**per_user, "user": run.dataset.users[per_user["user"]]}
   files.write_parquet(workdir / "per_user.parquet", per_user)
   files.write_json(workdir / "result.json", result)

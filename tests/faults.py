@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import io
 import json
 import os
 import pathlib
@@ -456,10 +457,12 @@ def altered(workdir, before) -> bool:
 
   As Orbax alone reads it, without the checksums of `mmm_jax.checkpoint`.
   """
-  try:
-    found = read_checkpoint(workdir)
-  except Exception:  # whatever a damaged file makes Orbax raise
-    return True
+  with contextlib.redirect_stderr(io.StringIO()):
+    try:
+      found = read_checkpoint(workdir)
+    except Exception:  # whatever a damaged file makes Orbax raise
+      time.sleep(0.5)  # until its threads have complained, too
+      return True
   same = [found[name].tobytes() == before[name].tobytes() for name in before]
   return set(found) != set(before) or not all(same)
 

@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, and a damaged one is passed over."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -100,7 +101,23 @@ def spoil_sums(folder):
   (folder / "_CHECKPOINT_METADATA").write_text("{bad")
 
 
-DAMAGES = (truncate, flip, empty, drop_manifest, drop_sums, spoil_sums)
+def rename_key(folder):
+  """One bit, for which Orbax would open none of the checkpoints."""
+  path = folder / "_CHECKPOINT_METADATA"
+  text = path.read_text()
+  assert "performance_metrics" in text
+  path.write_text(text.replace("performance_metrics", "performance_metricr"))
+
+
+DAMAGES = (
+  truncate,
+  flip,
+  empty,
+  drop_manifest,
+  drop_sums,
+  spoil_sums,
+  rename_key,
+)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -124,14 +141,16 @@ def test_leaves_that_do_not_fit_are_named(tmp_path):
   manager.close()
 
 
-def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path):
+@pytest.mark.parametrize("damage", [truncate, rename_key])
+def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path, damage):
   saved(tmp_path, 1, 2).close()
   for step in "12":
-    truncate(tmp_path / step)
-  manager = checkpoint.open_manager(tmp_path, keep=2)
+    damage(tmp_path / step)
   with pytest.raises(errors.InputError, match="remove the folder"):
-    checkpoint.restore(manager, make_tree(0))
-  manager.close()
+    manager = checkpoint.open_manager(tmp_path, keep=2)
+    with contextlib.closing(manager):
+      checkpoint.restore(manager, make_tree(0))
+  assert {"1", "2"} <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -396,6 +396,16 @@ def test_slurm_requeues_what_can_go_on(
   assert calls(path, "scontrol") == ["scontrol requeue 7"] * requeued
 
 
+def test_the_code_is_the_runs_even_if_the_job_cannot_be_requeued(stand_in):
+  """As inside an allocation that salloc made."""
+  stand_in("srun", "exit 75")
+  stand_in("squeue", "echo RUNNING")
+  path = stand_in("scontrol", "exit 1")
+  done = run("slurm.sh", path=path, SLURM_JOB_ID="7")
+  assert done.returncode == 75
+  assert "the same command continues" in done.stderr
+
+
 def test_the_copy_that_slurm_runs_finds_what_it_reads(stand_in, tmp_path):
   """sbatch copies the script to a folder of its own and names the first."""
   path = stand_in("srun")
@@ -500,6 +510,31 @@ def test_a_machine_that_somebody_else_made_is_not_deleted(stand_in):
   path = stand_in("gcloud", 'case "$*" in *create*) exit 1 ;; esac')
   assert run_tpu_vm(path).returncode == 1
   assert len(calls(path, "create")) == 1 and not calls(path, "delete")
+
+
+def test_a_tpu_vm_that_gcloud_does_not_tell_of_is_not_made_again(
+  stand_in, tmp_path
+):
+  stand_in("git")
+  path = stand_in(
+    "gcloud",
+    f"""cd {tmp_path}
+    case "$*" in
+      *describe*) if [[ -e over ]]; then exit 1; else echo ACTIVE; fi ;;
+      *mmm_jax.main*) touch over && exit 2 ;;
+    esac""",
+  )
+  assert run_tpu_vm(path, RESTARTS="2").returncode == 2
+  assert len(calls(path, "create")) == len(calls(path, "delete")) == 1
+
+
+def test_a_tpu_vm_that_is_never_told_of_is_not_awaited_for_ever(stand_in):
+  stand_in("git")
+  stand_in("sleep")
+  path = stand_in("gcloud", 'case "$*" in *describe*) exit 1 ;; esac')
+  done = run_tpu_vm(path)
+  assert done.returncode == 1 and "nothing of the machine" in done.stderr
+  assert len(calls(path, "create")) == len(calls(path, "delete")) == 1
 
 
 def test_a_tpu_vm_may_refuse_the_first_connections(stand_in, tmp_path):

@@ -127,6 +127,18 @@ def test_processes_with_another_config_are_refused(tmp_path):
   assert not folder.exists()
 
 
+def test_processes_that_share_no_folder_are_refused(tmp_path):
+  folder, other = tmp_path / "run", tmp_path / "other"
+  started = start(
+    folder, "--config.parallel.timeout_s=10", own=[f"--workdir={other}"]
+  )
+  assert codes(started) == [command.BAD_INPUT] * 2
+  for number in range(2):
+    said = runs.said(folder, number)
+    assert f"{other} on " in said and "is not the folder" in said
+  assert not folder.exists() and not other.exists()
+
+
 @pytest.mark.parametrize("process_id", [0, 1])
 def test_a_process_whose_others_never_come_gives_up(tmp_path, process_id):
   started = start(tmp_path / "alone", "--config.parallel.timeout_s=3")

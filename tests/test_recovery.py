@@ -121,6 +121,16 @@ def test_ctrl_c_while_training(main, undisturbed, tmp_path):
   assert (values["resumed"], values["redone_steps"]) == (1, 0)
 
 
+def test_a_folder_that_vanishes_is_missed(main, tmp_path):
+  workdir = tmp_path / "run"
+  process = main.start(*COMMAND, f"--workdir={workdir}")
+  wait_until(lambda: has_trained(workdir))
+  workdir.rename(tmp_path / "elsewhere")
+  done = process.done()
+  runs.assert_refused(done, str(workdir))
+  assert not workdir.exists()
+
+
 def catches(process, number) -> bool:
   """Whether a process has a handler of its own for a signal."""
   status = pathlib.Path(f"/proc/{process.pid}/status").read_text()

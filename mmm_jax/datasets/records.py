@@ -14,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -33,6 +34,8 @@ VERSION = "1.0.0"
 _BLOCK = 1024  # records read at a time
 _BUFFER = 2**14  # bytes that a reader asks its file for
 _SPLIT = "train"  # TFDS wants a split's name; ours are made at load
+
+_LOG = logging.getLogger("mmm_jax")
 
 
 class _Info(tfds.core.DatasetInfo):
@@ -328,7 +331,11 @@ def _lock(folder):
   path = folder.parent / f".{folder.name}.lock"
   while True:
     file = path.open("w")
-    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      _LOG.info("waiting for another process, which prepares %s", folder)
+      fcntl.flock(file, fcntl.LOCK_EX)
     # The holder before us removed the file: lock the one that is there now.
     with contextlib.suppress(FileNotFoundError):
       if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
