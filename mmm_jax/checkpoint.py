@@ -88,7 +88,7 @@ def save(manager: ocp.CheckpointManager, step: int, tree) -> None:
   sums = {_SUMS: {name: _sum(leaf) for name, leaf in flat.items()}}
   wanted = ocp.args.StandardSave(parallel.spread(flat))
   try:
-    with _quiet():
+    with quiet():
       manager.save(step, args=wanted, custom_metadata=sums)
   except Exception as error:  # Orbax wraps the system's words several times
     reason = records.disk_reason(error)
@@ -103,7 +103,7 @@ def save(manager: ocp.CheckpointManager, step: int, tree) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
   """Keeps the tracebacks to itself of what Orbax raises anyway.
 
   It logs them, and its threads print theirs a moment after it has failed.
@@ -125,7 +125,7 @@ def load(manager: ocp.CheckpointManager, step: int, template):
   """The checkpoint of `step` as a tree like `template`, or any exception."""
   # Onto the host, wherever its parts were when it was written.
   wanted = ocp.args.StandardRestore(_flat(template))
-  with _quiet():
+  with quiet():
     flat = manager.restore(step, args=wanted)
     metadata = manager.metadata(step).custom_metadata or {}
   _check_sums(flat, metadata)

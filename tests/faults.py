@@ -13,7 +13,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import io
 import json
 import os
 import pathlib
@@ -457,12 +456,11 @@ def altered(workdir, before) -> bool:
 
   As Orbax alone reads it, without the checksums of `mmm_jax.checkpoint`.
   """
-  with contextlib.redirect_stderr(io.StringIO()):
-    try:
+  try:
+    with checkpoint.quiet():
       found = read_checkpoint(workdir)
-    except Exception:  # whatever a damaged file makes Orbax raise
-      time.sleep(0.5)  # until its threads have complained, too
-      return True
+  except Exception:  # whatever a damaged file makes Orbax raise
+    return True
   same = [found[name].tobytes() == before[name].tobytes() for name in before]
   return set(found) != set(before) or not all(same)
 
