@@ -11,7 +11,6 @@ import functools
 import io
 import logging
 import os
-import shutil
 import time
 import zlib
 
@@ -39,40 +38,20 @@ _LOG = logging.getLogger("mmm_jax")
 
 
 def open_manager(folder, *, keep: int) -> ocp.CheckpointManager:
-  """The manager of `folder`, which is made if need be.
-
-  Raises:
-    errors.InputError: there are checkpoints, and Orbax can list none of them,
-      or the system does not let one be read.
-  """
-  parallel.on_first(lambda: _delete_unlisted(folder))
+  """The manager of `folder`, which is made if need be."""
+  # Nothing is read yet: Orbax opens no folder in which it cannot read when
+  # each checkpoint was made, and a damaged one is to be passed over.
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=keep, create=True, enable_async_checkpointing=False
+    max_to_keep=keep,
+    create=True,
+    enable_async_checkpointing=False,
+    lightweight_initialize=True,
   )
   # With a handler named here, Orbax does not look into the newest checkpoint,
   # which may be damaged, to learn how to read the others.
   handler = ocp.StandardCheckpointHandler()
-  return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
-
-
-def _delete_unlisted(folder):
-  """Deletes checkpoints that Orbax cannot list beside others that it can.
-
-  For one of them it would not open the folder at all.
-  """
-  found = list(ocp.path.step.standard_name_format().find_all(folder))
-  damaged = []
-  for each in found:
-    try:
-      each.commit_timestamp  # noqa: B018, reads all that it lists
-    except Exception as error:  # whatever a damaged file makes Orbax raise
-      _check_readable(error, f"checkpoint {each.step} of {folder}")
-      damaged.append((each, error))
-  if damaged and len(damaged) == len(found):
-    raise _none_loads(folder, [each.step for each in found])
-  for each, error in damaged:
-    _say_damaged(folder, each.step, error)
-    shutil.rmtree(each.path)
+  with parallel.bounded():  # Orbax itself waits for others without an end.
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
 
 
 def save(manager: ocp.CheckpointManager, step: int, tree) -> None:
@@ -88,7 +67,7 @@ def save(manager: ocp.CheckpointManager, step: int, tree) -> None:
   sums = {_SUMS: {name: _sum(leaf) for name, leaf in flat.items()}}
   wanted = ocp.args.StandardSave(parallel.spread(flat))
   try:
-    with quiet():
+    with parallel.bounded(), quiet():
       manager.save(step, args=wanted, custom_metadata=sums)
   except Exception as error:  # Orbax wraps the system's words several times
     reason = records.disk_reason(error)
@@ -125,7 +104,7 @@ def load(manager: ocp.CheckpointManager, step: int, template):
   """The checkpoint of `step` as a tree like `template`, or any exception."""
   # Onto the host, wherever its parts were when it was written.
   wanted = ocp.args.StandardRestore(_flat(template))
-  with quiet():
+  with parallel.bounded(), quiet():
     flat = manager.restore(step, args=wanted)
     metadata = manager.metadata(step).custom_metadata or {}
   _check_sums(flat, metadata)
@@ -152,8 +131,9 @@ def restore(manager: ocp.CheckpointManager, template):
   for number, step in enumerate(steps):
     try:
       tree = load(manager, step, template)
-      for damaged in steps[:number]:
-        manager.delete(damaged)
+      with parallel.bounded():
+        for damaged in steps[:number]:
+          manager.delete(damaged)
       return tree
     except Exception as error:  # whatever a damaged file makes Orbax raise
       _check_readable(error, f"checkpoint {step} of {manager.directory}")

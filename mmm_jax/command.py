@@ -1,16 +1,22 @@
 """How every command starts and ends: flags, quiet logs, exit codes."""
 
+import contextlib
 import logging as std_logging
 import pathlib
 import signal
 import sys
+import time
 
 from absl import app, flags, logging
+from etils import epath
 import jax
 
-from mmm_jax import errors, parallel
+from mmm_jax import errors, files, parallel
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, errors.STOPPED
+
+_WHOLE = "whole://"
+_LEFTOVER_S = 3600  # nobody is at a file of so few megabytes for so long
 
 
 class Stopped(Exception):
@@ -88,10 +94,34 @@ def _quieten() -> None:
     own.addHandler(std_logging.StreamHandler())
 
 
+class _WholeFile(type(epath.Path())):
+  """A path whose file takes its name when it is complete."""
+
+  def write_bytes(self, data):
+    with files.atomic(self) as file:
+      file.write(data)
+
+
+@epath.register_path_cls(_WHOLE)
+class _Whole:
+  """Tells epath, by which JAX opens its cache, of the paths of a scheme."""
+
+  def __new__(cls, address):
+    return _WholeFile(address.removeprefix(_WHOLE))
+
+
 def cache_compilations(data_dir: str) -> None:
-  """Keeps compiled programs beside the prepared data."""
+  """Keeps compiled programs beside the prepared data.
+
+  JAX would write them in place, and would never replace one that a kill or a
+  full disk has cut short.
+  """
   folder = pathlib.Path(data_dir).expanduser() / "compiled"
-  jax.config.update("jax_compilation_cache_dir", str(folder))
+  for path in folder.glob(".*.tmp"):
+    with contextlib.suppress(OSError):  # another process may be as far
+      if time.time() - path.stat().st_mtime > _LEFTOVER_S:
+        path.unlink()
+  jax.config.update("jax_compilation_cache_dir", f"{_WHOLE}{folder}")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

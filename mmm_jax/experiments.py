@@ -331,11 +331,11 @@ def _train(cell, config, workdir):
 def _call(command_line) -> int:
   """Its exit code; if this process is stopped, after it has saved."""
   process = subprocess.Popen(command_line, stdout=subprocess.DEVNULL)
-  try:
-    return process.wait()
-  except KeyboardInterrupt:  # of which Ctrl-C tells both, a scheduler only one
-    process.send_signal(signal.SIGTERM)
-    return process.wait()
+  while True:  # however often it is told
+    try:
+      return process.wait()
+    except KeyboardInterrupt:  # Ctrl-C tells both of it, a scheduler only one
+      process.send_signal(signal.SIGTERM)
 
 
 def _record(cell, config, workdir):

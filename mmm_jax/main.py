@@ -56,6 +56,7 @@ def main(argv):
     _NUM_PROCESSES.value,
     _PROCESS_ID.value,
     timeout_s=config.parallel.timeout_s,
+    wait_s=config.parallel.wait_s,
   )
   if _WORKDIR.value is None and jax.process_count() > 1:
     raise errors.InputError(

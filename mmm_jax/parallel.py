@@ -19,6 +19,7 @@ import os
 import pickle
 import signal
 import socket
+import threading
 from typing import Any, TypeVar
 
 import jax
@@ -202,6 +203,7 @@ def join(
   process_id: int | None,
   *,
   timeout_s: int,
+  wait_s: int,
 ) -> None:
   """Makes this process one of a run, where there are several.
 
@@ -214,6 +216,8 @@ def join(
     process_id: of this one, from 0.
     timeout_s: how long to wait for the others to come, and how long one of
       them may be silent before the run ends.
+    wait_s: how long to wait for one of them that lives and does not come as
+      far as the others; see `bounded`.
 
   Raises:
     errors.InputError: the three flags do not go together.
@@ -237,6 +241,7 @@ def join(
     f"the processes of this run did not come together within {timeout_s} s"
     " (parallel.timeout_s)"
   )
+  _Waiting.limit_s = wait_s
   try:
     with _waiting(f"error: {late}; the same command continues"):
       jax.distributed.initialize(
@@ -247,12 +252,18 @@ def join(
         heartbeat_timeout_seconds=timeout_s,
         shutdown_timeout_seconds=timeout_s,
       )
+    with bounded():  # They tell one another of their devices.
+      jax.devices()
   except ValueError as error:  # of flags or an environment that say too little
     names = "--coordinator, --num_processes and --process_id"
     if coordinator is None:
       names = f"what the environment says of this run's processes, or {names}"
     raise errors.InputError(f"{names}: {error}") from error
   except RuntimeError as error:
+    if "Unable to initialize backend" in str(error):
+      if "timed out" not in str(error):  # as where there is no such device
+        raise
+      late = "the processes of this run did not tell of their devices in time"
     raise errors.LostError(f"{late}: {error}") from error
   if jax.process_index():
     logging.getLogger("mmm_jax").setLevel(logging.WARNING)
@@ -327,6 +338,50 @@ def _end(_):
 _stop = ctypes.CFUNCTYPE(None, ctypes.c_int)(errors.stop_at_once)
 
 
+class _Waiting:
+  """How long a process waits for one that lives."""
+
+  limit_s = 0
+
+
+@contextlib.contextmanager
+def bounded():
+  """Ends this process with 75 unless it gets out of this in time.
+
+  For what needs all processes. Of one that hangs nothing else tells, as its
+  heartbeats go on. By a thread, because the wait is in C++, which no exception
+  and no handler of Python's reaches.
+  """
+  if not jax.distributed.is_initialized():
+    yield
+    return
+  timer = threading.Timer(_Waiting.limit_s, _give_up)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def _give_up():
+  words = (
+    f"error: this process has waited {_Waiting.limit_s} s (parallel.wait_s) for"
+    " the others of its run; whichever does not say the same hangs, or needs"
+    " longer; the same command continues"
+  )
+  try:
+    os.write(2, f"{words}\n".encode())
+  finally:
+    os._exit(errors.STOPPED)
+
+
+def _gather(tree):
+  """Host arrays of all processes, stacked, on each of them."""
+  with bounded():
+    return multihost_utils.process_allgather(tree)
+
+
 def decide(code: int) -> None:
   """Sets the exit code of a process that is about to end.
 
@@ -344,22 +399,22 @@ def several() -> bool:
 def is_loss(error: Exception) -> bool:
   """Whether an exception is of a collective that lost a process."""
   text = str(error).lower()
-  return several() and any(name in text for name in _TRANSPORTS)
+  joined = jax.distributed.is_initialized()
+  return joined and any(name in text for name in _TRANSPORTS)
 
 
 def exchange(value: Any) -> list:
   """What each process gives, in their order; all must call this."""
   if not several():
     return [value]
-  gather = multihost_utils.process_allgather
   own = np.frombuffer(pickle.dumps(value), np.uint8)
   # Two numbers, as JAX has none of more than 32 bits.
-  sizes = gather(np.array(divmod(len(own), _BLOCK), np.int32))
+  sizes = _gather(np.array(divmod(len(own), _BLOCK), np.int32))
   sizes = [int(blocks) * _BLOCK + int(rest) for blocks, rest in sizes]
   padded = np.zeros(max(sizes), np.uint8)
   padded[: len(own)] = own
   starts = range(0, len(padded), _BLOCK)
-  parts = [gather(padded[start : start + _BLOCK]) for start in starts]
+  parts = [_gather(padded[start : start + _BLOCK]) for start in starts]
   rows = np.concatenate(parts, 1)
   return [
     pickle.loads(row[:size].tobytes())
@@ -371,17 +426,14 @@ def any_process(flags: Sequence[bool]) -> list[bool]:
   """Of each flag, whether it is set in any process; all must call this."""
   if not several():
     return list(flags)
-  found = multihost_utils.process_allgather(np.array(flags, bool))
-  return found.any(0).tolist()
+  return _gather(np.array(flags, bool)).any(0).tolist()
 
 
 def largest(tree):
   """Elementwise maximum of host arrays over the processes."""
   if not several():
     return tree
-  return jax.tree.map(
-    lambda x: x.max(0), multihost_utils.process_allgather(tree)
-  )
+  return jax.tree.map(lambda x: x.max(0), _gather(tree))
 
 
 def check_alike(what: str, text: str) -> None:

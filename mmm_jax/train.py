@@ -137,16 +137,17 @@ class Trainer:
     for num_steps in self._chunks_ahead(at):
       started = time.perf_counter()  # the wait for content counts
       content = next(self._contents)
-      self.state, series = self._chunk(
-        np.int32(num_steps),
-        self.state,
-        self.shards,
-        self.shared,
-        plan,
-        content,
-      )
-      values, watched = self.engine.first(series).by_name()
-      row = self._read(values, watched, num_steps)
+      with parallel.bounded():
+        self.state, series = self._chunk(
+          np.int32(num_steps),
+          self.state,
+          self.shards,
+          self.shared,
+          plan,
+          content,
+        )
+        values, watched = self.engine.first(series).by_name()
+        row = self._read(values, watched, num_steps)
       self.step += num_steps
       trained = self._positives(num_steps)
       row["interactions_per_s"] = trained / (time.perf_counter() - started)
@@ -256,10 +257,11 @@ class Trainer:
 
   def measure_gradients(self, num_steps, plan, content) -> dict:
     """How much each term pulls at the tables, in a batch of the last chunk."""
-    norms = self._gradients(
-      np.int32(num_steps), self.state, self.shards, self.shared, plan, content
-    )
-    norms = jax.device_get(self.engine.first(norms))
+    with parallel.bounded():
+      norms = self._gradients(
+        np.int32(num_steps), self.state, self.shards, self.shared, plan, content
+      )
+      norms = jax.device_get(self.engine.first(norms))
     return {f"gradient/{term}": float(norm) for term, norm in norms.items()}
 
   def validation_due(self, epoch: int) -> bool:
@@ -275,11 +277,12 @@ class Trainer:
   def cluster(self, epoch: int) -> dict:
     before = np.array(self.engine.first(self.state).categories.assignment)
     warm = epoch > self.config.kmeans.warmup_epochs
-    if warm:
-      self.state, found = self._follow(self.state)
-    else:
-      self.state, found = self._seed(self.state, clustering.key(self.config))
-    found = jax.device_get(self.engine.first(found))
+    with parallel.bounded():
+      if warm:
+        self.state, found = self._follow(self.state)
+      else:
+        self.state, found = self._seed(self.state, clustering.key(self.config))
+      found = jax.device_get(self.engine.first(found))
     return clustering.describe_clusters(
       found, before, self.run.dataset.category
     )

@@ -71,6 +71,7 @@ RANGES = {
   "input.prefetch_batches": (1, math.inf),
   "parallel.devices": (0, math.inf),
   "parallel.timeout_s": (1, math.inf),
+  "parallel.wait_s": (1, 10**9),
   "model.dim": (1, math.inf),
   "text.dim": (1, math.inf),
   "text.max_tokens": (1, math.inf),

@@ -133,6 +133,21 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, caplog, damage):
     assert "checkpoint 2" in caplog.text
 
 
+@pytest.mark.parametrize("damage", [spoil_sums, rename_key])
+def test_nothing_is_deleted_before_another_one_has_loaded(tmp_path, damage):
+  """Whoever only reads deletes nothing at all."""
+  saved(tmp_path, 1, 2).close()
+  damage(tmp_path / "2")
+  with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    assert_bits(checkpoint.load(manager, 1, make_tree(0)), make_tree(1))
+  assert (tmp_path / "2" / "_CHECKPOINT_METADATA").exists()
+  truncate(tmp_path / "1")
+  refused = pytest.raises(errors.InputError, match="remove the folder")
+  with checkpoint.open_manager(tmp_path, keep=2) as manager, refused:
+    checkpoint.restore(manager, make_tree(0))
+  assert (tmp_path / "2" / "_CHECKPOINT_METADATA").exists()
+
+
 def test_leaves_that_do_not_fit_are_named(tmp_path):
   manager = saved(tmp_path, 1)
   template = make_tree(0) | {"more": jnp.zeros(1)}

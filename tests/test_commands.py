@@ -52,6 +52,7 @@ NUMBERS = (
   "negatives.per_positive=0",
   "parallel.devices=-1",
   "parallel.timeout_s=0",
+  "parallel.wait_s=0",
   "dataset.core=-1",
   "log.every_steps=0",
   "checkpoint.keep=0",

@@ -1,11 +1,14 @@
 """Several processes are one run: the same numbers, one writer, no hanging."""
 
+import contextlib
 import fcntl
 import functools
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -201,6 +204,64 @@ def test_what_one_process_finds_wrong_ends_all(tmp_path):
     said = runs.said(tmp_path / "run", number)
     assert f"data_dir={tmp_path / 'file'}: found a file where" in said
     assert LOST not in said
+
+
+def test_a_process_that_hangs_before_training_is_missed(alone, tmp_path):
+  """Something holds its data; it lives, and its heartbeats go on."""
+  data_dir = tmp_path / "data"
+  data_dir.mkdir()
+  with contextlib.ExitStack() as stack:
+    for prepared in runs.data_dir().glob("simulated-*"):
+      path = data_dir / f".{prepared.name}.lock"
+      fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
+    started = start(
+      tmp_path / "run",
+      "--config.parallel.wait_s=5",
+      own=[f"--config.dataset.data_dir={data_dir}"],
+    )
+    assert codes(started) == [command.STOPPED] * 2
+  assert "has waited 5 s" in runs.said(tmp_path / "run", 0)
+  assert LOST in runs.said(tmp_path / "run", 1)
+
+
+HANGS = """
+import time
+from mmm_jax import command, main, train
+train.Trainer.train_epoch = lambda *_: time.sleep(1000)
+command.run(main.main)
+"""
+
+
+def test_a_process_that_hangs_while_training_is_missed(tmp_path):
+  folder = tmp_path / "run"
+  folder.mkdir()
+  with socket.create_server(("localhost", 0)) as free:
+    port = free.getsockname()[1]
+  started = []
+  for number in range(2):
+    program = ["-m", "mmm_jax.main"] if number == 0 else ["-c", HANGS]
+    with (tmp_path / f"run.{number}").open("w") as said:
+      started.append(
+        subprocess.Popen(
+          [
+            sys.executable,
+            *program,
+            f"{runs.CONFIG}:tiny,pmf",
+            *runs.SHORT,
+            f"--workdir={folder}",
+            "--config.parallel.wait_s=20",  # compiling counts
+            f"--coordinator=localhost:{port}",
+            "--num_processes=2",
+            f"--process_id={number}",
+          ],
+          env=runs.environment(),
+          stderr=said,
+          stdout=said,
+        )
+      )
+  assert codes(started) == [command.STOPPED] * 2
+  assert "has waited 20 s" in runs.said(folder, 0)
+  assert LOST in runs.said(folder, 1)
 
 
 def test_an_error_of_one_process_is_its_own(tmp_path):

@@ -258,6 +258,29 @@ def test_full_disk_under_the_data(main, disk):
   assert not list(data_dir.glob("simulated-*"))
 
 
+def test_full_disk_under_the_compiled_programs(
+  main, undisturbed, disk, tmp_path
+):
+  """JAX goes on without, and finds none that is cut short the next time."""
+  compiled = disk("300k")
+  data_dir = tmp_path / "data"
+  data_dir.mkdir()
+  (data_dir / "compiled").symlink_to(compiled)
+  old, young = compiled / ".old-cache.1.tmp", compiled / ".young-cache.1.tmp"
+  old.touch()
+  os.utime(old, (0, 0))
+  young.touch()
+  elsewhere = f"--config.dataset.data_dir={data_dir}"
+  done = continue_run(main, tmp_path / "full", undisturbed, elsewhere)
+  assert "Error writing persistent compilation cache" in done.err
+  assert "Cannot write" in done.err and "No space left" in done.err
+  assert list(compiled.glob("*-cache"))
+  assert list(compiled.glob(".*")) == [young]
+  disk("64m")
+  done = continue_run(main, tmp_path / "roomy", undisturbed, elsewhere)
+  assert "persistent compilation cache" not in done.err
+
+
 def test_workdir_on_a_read_only_disk(main, disk):
   workdir = disk("1m", "ro") / "run"
   done = main(*COMMAND, f"--workdir={workdir}")
