@@ -67,10 +67,10 @@ manifest() {
   fill NODES "$NODES"
   fill RESTARTS "$RESTARTS"
   fill IMAGE "$IMAGE"
-  fill COMMAND "$(train)"
   fill LIMITS "{$limits}"
   fill SELECTOR "{$selector}"
   fill VOLUME "$volume"
+  fill COMMAND "$(train)" # the last, as it may hold any words
   printf '%s\n' "$text"
 }
 
