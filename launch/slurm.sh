@@ -53,8 +53,9 @@ train() {
   elif ((DEVICES)) || [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
     command+=(--config.parallel.platform=gpu)
   fi
-  # A task that ends first must not take the others' checkpoint with it.
-  act srun --kill-on-bad-exit=0 "$PYTHON" "${command[@]}" \
+  # A task that ends first must not take the others' checkpoint with it. One
+  # that hangs, and cannot end, must not keep the job.
+  act srun --kill-on-bad-exit=0 --wait=600 "$PYTHON" "${command[@]}" \
     --workdir="$WORKDIR" "${flags[@]}"
 }
 

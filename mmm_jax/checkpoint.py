@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from mmm_jax import errors, parallel
 from mmm_jax.datasets import records
 
+_ITEM = "default"  # as Orbax calls the only thing that a checkpoint holds
 _SUMS = "crc32"  # {path of a leaf: checksum}, in Orbax's custom metadata
 
 # What keeps a file from being read that is not damaged.
@@ -50,7 +51,7 @@ def open_manager(folder, *, keep: int) -> ocp.CheckpointManager:
   # With a handler named here, Orbax does not look into the newest checkpoint,
   # which may be damaged, to learn how to read the others.
   handler = ocp.StandardCheckpointHandler()
-  with parallel.bounded():  # Orbax itself waits for others without an end.
+  with parallel.bounded("opening the checkpoints"):
     return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
 
 
@@ -67,7 +68,7 @@ def save(manager: ocp.CheckpointManager, step: int, tree) -> None:
   sums = {_SUMS: {name: _sum(leaf) for name, leaf in flat.items()}}
   wanted = ocp.args.StandardSave(parallel.spread(flat))
   try:
-    with parallel.bounded(), quiet():
+    with parallel.bounded(f"writing the checkpoint of step {step}"), quiet():
       manager.save(step, args=wanted, custom_metadata=sums)
   except Exception as error:  # Orbax wraps the system's words several times
     reason = records.disk_reason(error)
@@ -104,15 +105,30 @@ def load(manager: ocp.CheckpointManager, step: int, template):
   """The checkpoint of `step` as a tree like `template`, or any exception."""
   # Onto the host, wherever its parts were when it was written.
   wanted = ocp.args.StandardRestore(_flat(template))
-  with parallel.bounded(), quiet():
-    flat = manager.restore(step, args=wanted)
+  with quiet(), contextlib.closing(_reader()) as reader:
+    flat = reader.restore(manager.directory / str(step) / _ITEM, args=wanted)
     metadata = manager.metadata(step).custom_metadata or {}
   _check_sums(flat, metadata)
   return _unflat(flat, template)
 
 
+def _reader() -> ocp.Checkpointer:
+  """Reads by this process alone; a manager would wait for the others.
+
+  One of them may not be able to read what this one can.
+  """
+  own = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
+  )
+  return ocp.Checkpointer(
+    ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+    multiprocessing_options=alone,
+  )
+
+
 def restore(manager: ocp.CheckpointManager, template):
-  """The newest checkpoint that loads, as a tree like `template`.
+  """The newest checkpoint that all processes can load, like `template`.
 
   Newer ones, which are damaged, are deleted: the run will write them again.
 
@@ -127,35 +143,37 @@ def restore(manager: ocp.CheckpointManager, template):
     errors.InputError: there are checkpoints, and none of them loads, or the
       system does not let one be read.
   """
-  steps = sorted(manager.all_steps(), reverse=True)
+  steps = parallel.on_first(lambda: sorted(manager.all_steps(), reverse=True))
   for number, step in enumerate(steps):
-    try:
-      tree = load(manager, step, template)
-      with parallel.bounded():
-        for damaged in steps[:number]:
-          manager.delete(damaged)
-      return tree
-    except Exception as error:  # whatever a damaged file makes Orbax raise
-      _check_readable(error, f"checkpoint {step} of {manager.directory}")
-      _say_damaged(manager.directory, step, error)
+    tree = parallel.together(
+      functools.partial(_load_whole, manager, step, template)
+    )
+    if any(parallel.any_process([tree is None])):
+      continue
+    with parallel.bounded("deleting damaged checkpoints"):
+      for damaged in steps[:number]:
+        manager.delete(damaged)
+    return tree
   if steps:
-    raise _none_loads(manager.directory, steps)
+    raise errors.InputError(
+      f"none of the checkpoints {steps} in {manager.directory} loads; remove"
+      " the folder to start anew, or give another --workdir"
+    )
   return None
 
 
-def _say_damaged(folder, step, error):
-  reason = " ".join(str(error).split())[:200]  # TensorStore's go on
-  _LOG.warning(
-    "checkpoint %s of %s does not load (%s: %s); trying the one before",
-    step, folder, type(error).__name__, reason,
-  )  # fmt: skip
-
-
-def _none_loads(folder, steps):
-  return errors.InputError(
-    f"none of the checkpoints {steps} in {folder} loads; remove the folder to"
-    " start anew, or give another --workdir"
-  )
+def _load_whole(manager, step, template):
+  """`load`, or None where the checkpoint is damaged, which it says."""
+  try:
+    return load(manager, step, template)
+  except Exception as error:  # whatever a damaged file makes Orbax raise
+    _check_readable(error, f"checkpoint {step} of {manager.directory}")
+    reason = " ".join(str(error).split())[:200]  # TensorStore's go on
+    _LOG.warning(
+      "checkpoint %s of %s does not load (%s: %s); trying the one before",
+      step, manager.directory, type(error).__name__, reason,
+    )  # fmt: skip
+    return None
 
 
 def _check_readable(error: BaseException, what: str):

@@ -245,10 +245,14 @@ def _run():
     # A folder for each config: a cell that was changed starts anew.
     name = f"{cell.number}-{hash_config(config)[:12]}"
     workdir = pathlib.Path(_WORKDIR.value, _SWEEP.value, name)
-    _train(cell, config, workdir)
+    stop = _train(cell, config, workdir)
     path = workdir / "manifest.json"
     manifest.check_same(path, manifest.read(path), **now)
     _record(cell, config, workdir)
+    if stop:
+      raise command.Stopped(
+        f"stopped after {cell.line}; the same command continues"
+      )
 
 
 def _manual_dirs() -> dict[str, str]:
@@ -294,7 +298,11 @@ def _copy_record(path, cell):
 
 
 def _train(cell, config, workdir):
-  """Runs the cell's command, to the end of what it may have begun before."""
+  """Runs the cell's command, to the end of what it may have begun before.
+
+  Returns:
+    Whether a signal came too late to stop it.
+  """
   name, colon, variants = cell.model.partition(":")
   changes = {
     "dataset.name": cell.dataset,
@@ -302,7 +310,7 @@ def _train(cell, config, workdir):
     "seed": cell.seed,
     **cell.changes,
   }
-  code = _call(
+  code, asked = _call(
     [
       sys.executable,
       "-m",
@@ -326,15 +334,21 @@ def _train(cell, config, workdir):
       f"{cell.line}: its run in {workdir} ended with {code}; the message above"
       " says why",
     )
+  return asked
 
 
 def _call(command_line) -> int:
-  """Its exit code; if this process is stopped, after it has saved."""
+  """Its exit code, and whether this process was asked to stop meanwhile.
+
+  Then after it has saved.
+  """
   process = subprocess.Popen(command_line, stdout=subprocess.DEVNULL)
-  while True:  # however often it is told
+  asked = False
+  while True:  # however often it is asked
     try:
-      return process.wait()
+      return process.wait(), asked
     except KeyboardInterrupt:  # Ctrl-C tells both of it, a scheduler only one
+      asked = True
       process.send_signal(signal.SIGTERM)
 
 

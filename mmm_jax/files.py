@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 from typing import IO, Any
 
 import numpy as np
@@ -67,7 +68,8 @@ def atomic(path) -> Iterator[IO[bytes]]:
       f"Cannot write {path}: it is there and no regular file. Choose another"
       " name."
     )
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  # In containers, processes that share a folder may share their number, too.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
   with explained(path):
     try:
       with open(temporary, "wb") as file:

@@ -216,8 +216,7 @@ def join(
     process_id: of this one, from 0.
     timeout_s: how long to wait for the others to come, and how long one of
       them may be silent before the run ends.
-    wait_s: how long to wait for one of them that lives and does not come as
-      far as the others; see `bounded`.
+    wait_s: how long anything may take that needs all of them; see `bounded`.
 
   Raises:
     errors.InputError: the three flags do not go together.
@@ -252,7 +251,7 @@ def join(
         heartbeat_timeout_seconds=timeout_s,
         shutdown_timeout_seconds=timeout_s,
       )
-    with bounded():  # They tell one another of their devices.
+    with _ending_after(wait_s, "learning of the others' devices"):
       jax.devices()
   except ValueError as error:  # of flags or an environment that say too little
     names = "--coordinator, --num_processes and --process_id"
@@ -339,23 +338,31 @@ _stop = ctypes.CFUNCTYPE(None, ctypes.c_int)(errors.stop_at_once)
 
 
 class _Waiting:
-  """How long a process waits for one that lives."""
+  """How long what needs all processes may take, in seconds."""
 
   limit_s = 0
 
 
 @contextlib.contextmanager
-def bounded():
-  """Ends this process with 75 unless it gets out of this in time.
+def bounded(what: str):
+  """Ends this process with 75 if what needs all processes takes too long.
 
-  For what needs all processes. Of one that hangs nothing else tells, as its
-  heartbeats go on. By a thread, because the wait is in C++, which no exception
-  and no handler of Python's reaches.
+  Of one that lives and hangs nothing else tells, as its heartbeats go on.
+
+  Args:
+    what: the error's words for it.
   """
-  if not jax.distributed.is_initialized():
+  if not several():
     yield
     return
-  timer = threading.Timer(_Waiting.limit_s, _give_up)
+  with _ending_after(_Waiting.limit_s, what):
+    yield
+
+
+@contextlib.contextmanager
+def _ending_after(limit_s, what):
+  """By a thread: no exception, no handler of Python's reaches a wait in C++."""
+  timer = threading.Timer(limit_s, _give_up, [limit_s, what])
   timer.daemon = True
   timer.start()
   try:
@@ -364,11 +371,11 @@ def bounded():
     timer.cancel()
 
 
-def _give_up():
+def _give_up(limit_s, what):
   words = (
-    f"error: this process has waited {_Waiting.limit_s} s (parallel.wait_s) for"
-    " the others of its run; whichever does not say the same hangs, or needs"
-    " longer; the same command continues"
+    f"error: {what} takes more than {limit_s} s (parallel.wait_s): another"
+    " process of this run, or this one, hangs or needs longer; the same command"
+    " continues"
   )
   try:
     os.write(2, f"{words}\n".encode())
@@ -378,7 +385,7 @@ def _give_up():
 
 def _gather(tree):
   """Host arrays of all processes, stacked, on each of them."""
-  with bounded():
+  with bounded("waiting for the other processes"):
     return multihost_utils.process_allgather(tree)
 
 

@@ -78,9 +78,7 @@ class Trainer:
     state = assemble.initial_state(run)
     best = scoring.snapshot(state, -np.inf)
     template = {"state": state, "best": best}
-    found = parallel.together(
-      lambda: checkpoint.restore(self.checkpoints, template)
-    )
+    found = checkpoint.restore(self.checkpoints, template)
     if found is not None:
       state, best = found["state"], found["best"]
     self.best, self.step = best, int(state.step)
@@ -137,7 +135,7 @@ class Trainer:
     for num_steps in self._chunks_ahead(at):
       started = time.perf_counter()  # the wait for content counts
       content = next(self._contents)
-      with parallel.bounded():
+      with parallel.bounded(f"training from step {self.step}"):
         self.state, series = self._chunk(
           np.int32(num_steps),
           self.state,
@@ -257,7 +255,7 @@ class Trainer:
 
   def measure_gradients(self, num_steps, plan, content) -> dict:
     """How much each term pulls at the tables, in a batch of the last chunk."""
-    with parallel.bounded():
+    with parallel.bounded("measuring gradients"):
       norms = self._gradients(
         np.int32(num_steps), self.state, self.shards, self.shared, plan, content
       )
@@ -277,7 +275,7 @@ class Trainer:
   def cluster(self, epoch: int) -> dict:
     before = np.array(self.engine.first(self.state).categories.assignment)
     warm = epoch > self.config.kmeans.warmup_epochs
-    with parallel.bounded():
+    with parallel.bounded("K-means"):
       if warm:
         self.state, found = self._follow(self.state)
       else:

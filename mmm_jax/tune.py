@@ -50,9 +50,33 @@ def open_study(path: str) -> optuna.Study:
   )
 
 
+class _JournalLock(journal.JournalFileSymlinkLock):
+  """Drops the beginning of a line that a kill or a full disk has cut short.
+
+  Who holds the lock is alone. With the next line appended to it, Optuna could
+  read none of what follows.
+  """
+
+  def __init__(self, path):
+    super().__init__(path)
+    self._path = path
+
+  def acquire(self) -> bool:
+    held = super().acquire()
+    with open(self._path, "rb+") as file:
+      end = file.seek(0, os.SEEK_END)
+      file.seek(max(end - 1, 0))
+      if file.read() not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return held
+
+
 def _storage(path):
   optuna.logging.set_verbosity(optuna.logging.ERROR)
-  return optuna.storages.JournalStorage(journal.JournalFileBackend(path))
+  return optuna.storages.JournalStorage(
+    journal.JournalFileBackend(path, _JournalLock(path))
+  )
 
 
 def search(

@@ -351,6 +351,8 @@ def test_a_stopped_sweep_lets_its_run_save(root):
       assert process.poll() is None and time.monotonic() < end
       time.sleep(0.05)
     process.terminate()  # as a scheduler might, without telling its run
+    time.sleep(0.2)
+    process.terminate()
     _, said = process.communicate(timeout=60)
   assert process.returncode == command.STOPPED
   assert "stopped in 0 mmm:tiny,pmf" in said
@@ -370,7 +372,7 @@ def test_a_sweep_ends_as_its_run_does(root, code, own, words):
   script = textwrap.dedent(f"""
     import sys
     from mmm_jax import command, experiments
-    experiments._call = lambda command_line: {code}
+    experiments._call = lambda command_line: ({code}, False)
     sys.argv = ["experiments", "run", "--sweep=short"]
     command.run(experiments.main)
   """)

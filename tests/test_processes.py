@@ -5,10 +5,12 @@ import fcntl
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -90,7 +92,8 @@ def test_processes_and_devices_may_change_during_a_run(alone, tmp_path):
   assert_same_run(folder, alone)
   # The first one alone says and writes what there is to say.
   assert "pooled_1024" in runs.said(folder, 0)
-  own = runs.said(folder, 1)[before:].splitlines()
+  # Gloo's threads may put two lines into one, and an empty one behind it.
+  own = [line for line in runs.said(folder, 1)[before:].splitlines() if line]
   assert all("peer ranks" in line or "[Gloo]" in line for line in own), own
   names = lambda run: {path.name for path in run.iterdir()}
   assert names(folder) == names(alone)
@@ -206,7 +209,16 @@ def test_what_one_process_finds_wrong_ends_all(tmp_path):
     assert LOST not in said
 
 
-def test_a_process_that_hangs_before_training_is_missed(alone, tmp_path):
+@pytest.mark.parametrize(
+  ("of_both", "at"),
+  [
+    (False, "waiting for the other processes"),
+    (True, "waiting for another process to prepare"),
+  ],
+)
+def test_a_process_that_hangs_before_training_is_missed(
+  alone, tmp_path, of_both, at
+):
   """Something holds its data; it lives, and its heartbeats go on."""
   data_dir = tmp_path / "data"
   data_dir.mkdir()
@@ -214,54 +226,101 @@ def test_a_process_that_hangs_before_training_is_missed(alone, tmp_path):
     for prepared in runs.data_dir().glob("simulated-*"):
       path = data_dir / f".{prepared.name}.lock"
       fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
+    elsewhere = f"--config.dataset.data_dir={data_dir}"
     started = start(
       tmp_path / "run",
       "--config.parallel.wait_s=5",
-      own=[f"--config.dataset.data_dir={data_dir}"],
+      *([elsewhere] if of_both else []),
+      own=[elsewhere],
     )
     assert codes(started) == [command.STOPPED] * 2
-  assert "has waited 5 s" in runs.said(tmp_path / "run", 0)
-  assert LOST in runs.said(tmp_path / "run", 1)
+  said = runs.said(tmp_path / "run", 0)
+  assert at in said and "takes more than 5 s (parallel.wait_s)" in said
 
 
-HANGS = """
-import time
-from mmm_jax import command, main, train
-train.Trainer.train_epoch = lambda *_: time.sleep(1000)
-command.run(main.main)
-"""
+def start_spoilt(folder, spoil, *arguments):
+  """Two processes, the last of which runs the lines `spoil` before all else."""
+  with socket.create_server(("localhost", 0)) as free:
+    port = free.getsockname()[1]
+  spoilt = f"{spoil}\nfrom mmm_jax import command, main\ncommand.run(main.main)"
+  started = []
+  for number, program in enumerate([["-m", "mmm_jax.main"], ["-c", spoilt]]):
+    line = [
+      sys.executable,
+      *program,
+      f"{runs.CONFIG}:tiny,pmf",
+      *runs.SHORT,
+      f"--workdir={folder}",
+      f"--coordinator=localhost:{port}",
+      "--num_processes=2",
+      f"--process_id={number}",
+      *arguments,
+    ]
+    with (folder.parent / f"{folder.name}.{number}").open("w") as said:
+      started.append(
+        subprocess.Popen(line, env=runs.environment(), stdout=said, stderr=said)
+      )
+  return started
 
 
 def test_a_process_that_hangs_while_training_is_missed(tmp_path):
   folder = tmp_path / "run"
-  folder.mkdir()
-  with socket.create_server(("localhost", 0)) as free:
-    port = free.getsockname()[1]
-  started = []
-  for number in range(2):
-    program = ["-m", "mmm_jax.main"] if number == 0 else ["-c", HANGS]
-    with (tmp_path / f"run.{number}").open("w") as said:
-      started.append(
-        subprocess.Popen(
-          [
-            sys.executable,
-            *program,
-            f"{runs.CONFIG}:tiny,pmf",
-            *runs.SHORT,
-            f"--workdir={folder}",
-            "--config.parallel.wait_s=20",  # compiling counts
-            f"--coordinator=localhost:{port}",
-            "--num_processes=2",
-            f"--process_id={number}",
-          ],
-          env=runs.environment(),
-          stderr=said,
-          stdout=said,
-        )
-      )
+  hang = """
+import time
+from mmm_jax import train
+train.Trainer.train_epoch = lambda *_: time.sleep(1000)
+"""
+  started = start_spoilt(folder, hang, "--config.parallel.wait_s=20")
   assert codes(started) == [command.STOPPED] * 2
-  assert "has waited 20 s" in runs.said(folder, 0)
+  said = runs.said(folder, 0)
+  assert "training from step 0 takes more than 20 s (parallel.wait_s)" in said
   assert LOST in runs.said(folder, 1)
+
+
+FAILS_TO_READ = """
+from mmm_jax import checkpoint
+load, errors = checkpoint.load, [{error}]
+def fail(*arguments):
+  if errors:
+    raise errors.pop()
+  return load(*arguments)
+checkpoint.load = fail
+"""
+
+
+def unfinished(alone, folder) -> list[int]:
+  """A copy of a run that lacks the end; the steps of its checkpoints."""
+  shutil.copytree(alone, folder)
+  (folder / "result.json").unlink()
+  return steps_of(folder)
+
+
+def steps_of(folder):
+  return sorted(int(p.name) for p in (folder / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_checkpoint_that_one_process_may_not_read_ends_all(alone, tmp_path):
+  folder = tmp_path / "run"
+  steps = unfinished(alone, folder)
+  spoil = FAILS_TO_READ.format(error="PermissionError(13, 'no')")
+  assert codes(start_spoilt(folder, spoil)) == [command.BAD_INPUT] * 2
+  for number in range(2):
+    said = runs.said(folder, number)
+    assert f"cannot read checkpoint {steps[-1]} of" in said
+    assert "Permission denied" in said and LOST not in said
+  assert steps_of(folder) == steps
+
+
+def test_a_checkpoint_that_one_process_finds_damaged_is_nobodys(
+  alone, tmp_path
+):
+  folder = tmp_path / "run"
+  steps = unfinished(alone, folder)
+  spoil = FAILS_TO_READ.format(error="ValueError('damaged')")
+  assert codes(start_spoilt(folder, spoil)) == [command.OK] * 2
+  assert f"checkpoint {steps[-1]} of" in runs.said(folder, 1)
+  assert f"resumed at step {steps[-2]};" in runs.said(folder, 0)
+  assert_same_run(folder, alone)
 
 
 def test_an_error_of_one_process_is_its_own(tmp_path):
@@ -313,6 +372,14 @@ def test_an_environment_that_says_too_little_is_explained(monkeypatch):
     _, said = process.communicate(timeout=60)
   assert process.returncode == command.BAD_INPUT
   assert "SLURM_STEP_NUM_TASKS: found 'x', valid: a whole number" in said
+
+
+def test_a_process_without_others_may_take_as_long_as_it_needs(monkeypatch):
+  """Launchers tell it of the others, of whom there are none."""
+  monkeypatch.setattr(parallel.jax.distributed, "is_initialized", lambda: True)
+  with parallel.bounded("what it does"):
+    kinds = {type(thread) for thread in threading.enumerate()}
+  assert threading.Timer not in kinds
 
 
 def test_without_other_processes_nothing_is_exchanged():

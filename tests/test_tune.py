@@ -140,3 +140,18 @@ def test_spaces_name_keys_of_the_config():
     known = dict(validate.leaves(config))
     space = runs.config_module().search_space(config)
     assert set(space) <= set(known)
+
+
+@pytest.mark.parametrize("rest", ['{"op_code":', ""])
+def test_a_line_that_was_cut_short_is_dropped(tmp_path, rest):
+  """By a full disk or a kill; a journal of nothing else is a new one."""
+  path = str(tmp_path / "study.log")
+  tune.open_study(path).set_user_attr("kept", 1)
+  whole = (tmp_path / "study.log").read_bytes()
+  (tmp_path / "study.log").write_bytes(whole + rest.encode())
+  tune.open_study(path).set_user_attr("more", 2)
+  assert tune.open_study(path).user_attrs == {"kept": 1, "more": 2}
+  assert (tmp_path / "study.log").read_bytes().startswith(whole)
+  (tmp_path / "cut.log").write_bytes(whole[:20])
+  tune.open_study(str(tmp_path / "cut.log")).set_user_attr("new", 3)
+  assert tune.open_study(str(tmp_path / "cut.log")).user_attrs == {"new": 3}

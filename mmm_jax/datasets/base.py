@@ -170,7 +170,7 @@ def load(config, split=None, processes=records_lib.Alone) -> Dataset:
     InputError: unknown name, wrong raw files, a data_dir without room.
   """
   module = _module(config.name)
-  folder = processes.together(lambda: _prepare(module, config))
+  folder = processes.together(lambda: _prepare(module, config, processes))
   about, users, items, source = records_lib.read(folder, processes)
   edges = _edges(users)
   keep, core = processes.together(
@@ -194,7 +194,7 @@ def _module(name):
   return importlib.import_module(f"mmm_jax.datasets.{name}")
 
 
-def _prepare(module, config):
+def _prepare(module, config, processes):
   """The prepared folder: named by raw files, code version and options."""
   name = config.name
   options = config[name].to_dict() if name in config else {}
@@ -209,6 +209,7 @@ def _prepare(module, config):
     data_dir / f"{name}-{tag}",
     name,
     lambda: module.parse(config.manual_dir, options),
+    processes,
   )
 
 

@@ -211,7 +211,25 @@ def _as_float16(row, source, item):
   return narrow
 
 
-def prepare(folder: pathlib.Path, name: str, make_raw) -> pathlib.Path:
+class Alone:
+  """One process, in the words that `mmm_jax.parallel` has for several."""
+
+  @staticmethod
+  def together(action):
+    return action()
+
+  @staticmethod
+  def by_parts(read, count):
+    return read(range(count))
+
+  @staticmethod
+  def bounded(what):
+    return contextlib.nullcontext()
+
+
+def prepare(
+  folder: pathlib.Path, name: str, make_raw, processes=Alone
+) -> pathlib.Path:
   """Writes a set unless it is there already.
 
   Args:
@@ -219,6 +237,7 @@ def prepare(folder: pathlib.Path, name: str, make_raw) -> pathlib.Path:
       made from.
     name: of the set.
     make_raw: function without arguments that returns the RawData.
+    processes: `mmm_jax.parallel` where a run may have several.
 
   Returns:
     `folder`.
@@ -231,7 +250,7 @@ def prepare(folder: pathlib.Path, name: str, make_raw) -> pathlib.Path:
     return folder
   with _disk_errors(folder.parent):
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    with _lock(folder, processes):
       if not folder.is_dir():
         _write_all(folder, name, make_raw)
   return folder
@@ -326,7 +345,7 @@ def _sync(folder):
 
 
 @contextlib.contextmanager
-def _lock(folder):
+def _lock(folder, processes):
   """Holds `.<folder>.lock`; the file goes away with the lock."""
   path = folder.parent / f".{folder.name}.lock"
   while True:
@@ -335,7 +354,10 @@ def _lock(folder):
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       _LOG.info("waiting for another process, which prepares %s", folder)
-      fcntl.flock(file, fcntl.LOCK_EX)
+      with processes.bounded(
+        f"waiting for another process to prepare {folder}"
+      ):
+        fcntl.flock(file, fcntl.LOCK_EX)
     # The holder before us removed the file: lock the one that is there now.
     with contextlib.suppress(FileNotFoundError):
       if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
@@ -527,18 +549,6 @@ def _decode(field, feature):
     return np.frombuffer(values[0], feature.np_dtype)
   texts = [value.decode("utf-8") for value in values]
   return texts if feature.shape else texts[0]
-
-
-class Alone:
-  """One process, in the words that `mmm_jax.parallel` has for several."""
-
-  @staticmethod
-  def together(action):
-    return action()
-
-  @staticmethod
-  def by_parts(read, count):
-    return read(range(count))
 
 
 def read(
