@@ -55,7 +55,7 @@ train() {
   fi
   # A task that ends first must not take the others' checkpoint with it. One
   # that hangs, and cannot end, must not keep the job.
-  act srun --kill-on-bad-exit=0 --wait=600 "$PYTHON" "${command[@]}" \
+  act srun --kill-on-bad-exit=0 --wait=900 "$PYTHON" "${command[@]}" \
     --workdir="$WORKDIR" "${flags[@]}"
 }
 

@@ -105,7 +105,7 @@ def load(manager: ocp.CheckpointManager, step: int, template):
   """The checkpoint of `step` as a tree like `template`, or any exception."""
   # Onto the host, wherever its parts were when it was written.
   wanted = ocp.args.StandardRestore(_flat(template))
-  with quiet(), contextlib.closing(_reader()) as reader:
+  with quiet(), _reader() as reader:
     flat = reader.restore(manager.directory / str(step) / _ITEM, args=wanted)
     metadata = manager.metadata(step).custom_metadata or {}
   _check_sums(flat, metadata)
@@ -148,11 +148,12 @@ def restore(manager: ocp.CheckpointManager, template):
     tree = parallel.together(
       functools.partial(_load_whole, manager, step, template)
     )
-    if any(parallel.any_process([tree is None])):
+    (damaged,) = parallel.any_process([tree is None])
+    if damaged:
       continue
     with parallel.bounded("deleting damaged checkpoints"):
-      for damaged in steps[:number]:
-        manager.delete(damaged)
+      for newer in steps[:number]:
+        manager.delete(newer)
     return tree
   if steps:
     raise errors.InputError(
@@ -180,6 +181,8 @@ def _check_readable(error: BaseException, what: str):
   """Raises InputError if the system is to blame, and `what` may be whole."""
   for cause in records.causes(error):
     number = records.system_number(cause, _PASSING)
+    if isinstance(cause, MemoryError):  # NumPy's has no number
+      number = errno.ENOMEM
     if number:
       raise errors.InputError(
         f"cannot read {what}: {os.strerror(number)}; mend that, then the same"

@@ -8,14 +8,12 @@ import sys
 import time
 
 from absl import app, flags, logging
-from etils import epath
 import jax
 
 from mmm_jax import errors, files, parallel
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, errors.STOPPED
 
-_WHOLE = "whole://"
 _LEFTOVER_S = 3600  # nobody is at a file of so few megabytes for so long
 
 
@@ -94,22 +92,6 @@ def _quieten() -> None:
     own.addHandler(std_logging.StreamHandler())
 
 
-class _WholeFile(type(epath.Path())):
-  """A path whose file takes its name when it is complete."""
-
-  def write_bytes(self, data):
-    with files.atomic(self) as file:
-      file.write(data)
-
-
-@epath.register_path_cls(_WHOLE)
-class _Whole:
-  """Tells epath, by which JAX opens its cache, of the paths of a scheme."""
-
-  def __new__(cls, address):
-    return _WholeFile(address.removeprefix(_WHOLE))
-
-
 def cache_compilations(data_dir: str) -> None:
   """Keeps compiled programs beside the prepared data.
 
@@ -118,10 +100,10 @@ def cache_compilations(data_dir: str) -> None:
   """
   folder = pathlib.Path(data_dir).expanduser() / "compiled"
   for path in folder.glob(".*.tmp"):
-    with contextlib.suppress(OSError):  # another process may be as far
+    with contextlib.suppress(OSError):  # another process may be the first
       if time.time() - path.stat().st_mtime > _LEFTOVER_S:
         path.unlink()
-  jax.config.update("jax_compilation_cache_dir", f"{_WHOLE}{folder}")
+  jax.config.update("jax_compilation_cache_dir", f"{files.WHOLE}{folder}")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

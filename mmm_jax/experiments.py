@@ -337,10 +337,10 @@ def _train(cell, config, workdir):
   return asked
 
 
-def _call(command_line) -> int:
-  """Its exit code, and whether this process was asked to stop meanwhile.
+def _call(command_line) -> tuple[int, bool]:
+  """The exit code of a command, and whether a signal came meanwhile.
 
-  Then after it has saved.
+  If so, the command was told to save and to stop.
   """
   process = subprocess.Popen(command_line, stdout=subprocess.DEVNULL)
   asked = False

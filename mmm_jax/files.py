@@ -11,11 +11,14 @@ import pathlib
 import secrets
 from typing import IO, Any
 
+from etils import epath
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmm_jax import errors
+
+WHOLE = "whole://"  # in front of a folder whose files other libraries write
 
 
 @contextlib.contextmanager
@@ -81,6 +84,22 @@ def atomic(path) -> Iterator[IO[bytes]]:
     finally:
       with contextlib.suppress(OSError):
         temporary.unlink()
+
+
+class _WholeFile(type(epath.Path())):
+  """A path whose file takes its name only when it is complete."""
+
+  def write_bytes(self, data: bytes) -> None:
+    with atomic(self) as file:
+      file.write(data)
+
+
+@epath.register_path_cls(WHOLE)
+class _Whole:
+  """How epath, by which other libraries write, opens addresses with WHOLE."""
+
+  def __new__(cls, address: str) -> _WholeFile:
+    return _WholeFile(address.removeprefix(WHOLE))
 
 
 def read_json(path) -> dict:

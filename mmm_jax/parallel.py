@@ -216,7 +216,7 @@ def join(
     process_id: of this one, from 0.
     timeout_s: how long to wait for the others to come, and how long one of
       them may be silent before the run ends.
-    wait_s: how long anything may take that needs all of them; see `bounded`.
+    wait_s: how long anything may take that needs others; see `bounded`.
 
   Raises:
     errors.InputError: the three flags do not go together.
@@ -240,7 +240,7 @@ def join(
     f"the processes of this run did not come together within {timeout_s} s"
     " (parallel.timeout_s)"
   )
-  _Waiting.limit_s = wait_s
+  _Limit.wait_s = wait_s
   try:
     with _waiting(f"error: {late}; the same command continues"):
       jax.distributed.initialize(
@@ -251,21 +251,29 @@ def join(
         heartbeat_timeout_seconds=timeout_s,
         shutdown_timeout_seconds=timeout_s,
       )
-    with _ending_after(wait_s, "learning of the others' devices"):
-      jax.devices()
   except ValueError as error:  # of flags or an environment that say too little
     names = "--coordinator, --num_processes and --process_id"
     if coordinator is None:
       names = f"what the environment says of this run's processes, or {names}"
     raise errors.InputError(f"{names}: {error}") from error
   except RuntimeError as error:
-    if "Unable to initialize backend" in str(error):
-      if "timed out" not in str(error):  # as where there is no such device
-        raise
-      late = "the processes of this run did not tell of their devices in time"
     raise errors.LostError(f"{late}: {error}") from error
+  _learn_devices(wait_s)
   if jax.process_index():
     logging.getLogger("mmm_jax").setLevel(logging.WARNING)
+
+
+def _learn_devices(wait_s):
+  """Starts JAX's devices, of which all processes tell one another."""
+  try:
+    with _ending_after(wait_s, "learning of the others' devices"):
+      jax.devices()
+  except RuntimeError as error:
+    if "timed out" not in str(error):  # as where there is no such device
+      raise
+    raise errors.LostError(
+      f"the processes of this run did not tell of their devices: {error}"
+    ) from error
 
 
 def _scheduled() -> bool:
@@ -337,15 +345,15 @@ def _end(_):
 _stop = ctypes.CFUNCTYPE(None, ctypes.c_int)(errors.stop_at_once)
 
 
-class _Waiting:
-  """How long what needs all processes may take, in seconds."""
+class _Limit:
+  """How long what needs other processes may take, in seconds."""
 
-  limit_s = 0
+  wait_s = 0
 
 
 @contextlib.contextmanager
 def bounded(what: str):
-  """Ends this process with 75 if what needs all processes takes too long.
+  """Ends this process with 75 if what needs others takes too long.
 
   Of one that lives and hangs nothing else tells, as its heartbeats go on.
 
@@ -355,14 +363,14 @@ def bounded(what: str):
   if not several():
     yield
     return
-  with _ending_after(_Waiting.limit_s, what):
+  with _ending_after(_Limit.wait_s, what):
     yield
 
 
 @contextlib.contextmanager
-def _ending_after(limit_s, what):
+def _ending_after(wait_s, what):
   """By a thread: no exception, no handler of Python's reaches a wait in C++."""
-  timer = threading.Timer(limit_s, _give_up, [limit_s, what])
+  timer = threading.Timer(wait_s, _give_up, [wait_s, what])
   timer.daemon = True
   timer.start()
   try:
@@ -371,11 +379,10 @@ def _ending_after(limit_s, what):
     timer.cancel()
 
 
-def _give_up(limit_s, what):
+def _give_up(wait_s, what):
   words = (
-    f"error: {what} takes more than {limit_s} s (parallel.wait_s): another"
-    " process of this run, or this one, hangs or needs longer; the same command"
-    " continues"
+    f"error: {what} takes more than {wait_s} s (parallel.wait_s): another"
+    " process, or this one, hangs or needs longer; the same command continues"
   )
   try:
     os.write(2, f"{words}\n".encode())
@@ -399,7 +406,7 @@ def decide(code: int) -> None:
 
 
 def several() -> bool:
-  """Whether this run has other processes. Does not start JAX's devices."""
+  """Whether this run has others; starts no devices in one without any."""
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 

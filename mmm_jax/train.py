@@ -131,7 +131,8 @@ class Trainer:
   def train_epoch(self, progress: logs.Progress):
     """The steps that are left of the current epoch, chunk by chunk."""
     epoch, at = divmod(self.step, self.sizes.steps)
-    plan = self._plan(self.shards, np.int32(epoch))
+    with parallel.bounded("drawing the order of an epoch"):
+      plan = self._plan(self.shards, np.int32(epoch))
     for num_steps in self._chunks_ahead(at):
       started = time.perf_counter()  # the wait for content counts
       content = next(self._contents)
@@ -370,17 +371,17 @@ def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:
   with contextlib.ExitStack() as held:
 
     def enter():
-      mark = held.enter_context(folders.locked(workdir))
+      held.enter_context(folders.locked(workdir))
       folders.check_config(config, workdir)
-      return mark, folders.read_result(workdir)
+      return folders.look(workdir), folders.read_result(workdir)
 
     # What the folder holds, others might see late on a shared file system.
-    mark, result = parallel.on_first(enter)
+    seen, result = parallel.on_first(enter)
     if result is not None:
       return result
     timeout_s = config.parallel.timeout_s
     parallel.together(
-      lambda: folders.check_shared(workdir, mark, timeout_s=timeout_s)
+      lambda: folders.check_shared(workdir, seen, timeout_s=timeout_s)
     )
     engine = parallel.make_engine(config)
     run = assemble.assemble(config)

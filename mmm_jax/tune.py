@@ -57,19 +57,28 @@ class _JournalLock(journal.JournalFileSymlinkLock):
   read none of what follows.
   """
 
-  def __init__(self, path):
-    super().__init__(path)
-    self._path = path
+  def __init__(self, path, **options):
+    # The lock is a link to it, which from its own folder leads elsewhere if the
+    # path is relative; of one that leads nowhere Optuna waits for ever.
+    self._path = os.path.abspath(path)
+    super().__init__(self._path, **options)
 
   def acquire(self) -> bool:
     held = super().acquire()
+    try:
+      self._drop_cut_line()
+    except BaseException:
+      self.release()
+      raise
+    return held
+
+  def _drop_cut_line(self):
     with open(self._path, "rb+") as file:
       end = file.seek(0, os.SEEK_END)
       file.seek(max(end - 1, 0))
       if file.read() not in (b"", b"\n"):
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-    return held
 
 
 def _storage(path):

@@ -17,7 +17,7 @@ from mmm_jax.datasets import splits
 def locked(workdir: pathlib.Path):
   """Makes the folder and keeps other processes out of it.
 
-  Yields what stands in the lock, by which the processes of a run know it.
+  What stands in the lock then is of this session alone, see `look`.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -44,39 +44,54 @@ def locked(workdir: pathlib.Path):
     _remove_leftovers(workdir)
     try:
       with files.explained(workdir):
-        mark = secrets.token_hex(8)
         lock.truncate(0)
-        lock.write(mark)
+        lock.write(secrets.token_hex(8))
         lock.flush()
         os.fsync(lock.fileno())
-      yield mark
+      yield
     except (errors.InputError, KeyboardInterrupt):
       _remove_if_empty(workdir)
       raise
 
 
-def check_shared(workdir: pathlib.Path, mark: str, *, timeout_s: int) -> None:
-  """Whether the folder is the one that the first process of a run has locked.
+def look(workdir: pathlib.Path) -> tuple[str, list[str]]:
+  """What stands in the lock, and the checkpoints, as this process sees them."""
+  try:
+    mark = (workdir / ".lock").read_text()
+  except OSError:
+    mark = ""
+  names = [path.name for path in (workdir / "checkpoints").glob("*")]
+  return mark, sorted(filter(str.isdecimal, names))
+
+
+def check_shared(workdir: pathlib.Path, wanted: tuple, *, timeout_s: int):
+  """Waits until the folder looks as to the first process, which has locked it.
+
+  A shared file system may show others late what one has written.
+
+  Args:
+    workdir: the folder.
+    wanted: what `look` gives the first process.
+    timeout_s: for how long.
 
   Raises:
-    errors.InputError: its `mark` is not to be seen there in time.
+    errors.InputError: it does not in time.
   """
   end = time.monotonic() + timeout_s
-  while not _is_marked(workdir / ".lock", mark):
+  while (found := look(workdir)) != wanted:
     if time.monotonic() > end:
+      if found[0] == wanted[0]:
+        raise errors.InputError(
+          f"{workdir}/checkpoints on {platform.node()} has {found[1]}, and the"
+          f" first process sees {wanted[1]} there; see that this host's view of"
+          " the storage is up to date, then the same command continues"
+        )
       raise errors.InputError(
         f"{workdir} on {platform.node()} is not the folder in which the first"
         " process works; give a --workdir on storage that all processes of the"
         " run share"
       )
     time.sleep(0.2)
-
-
-def _is_marked(path, mark):
-  try:
-    return path.read_text() == mark
-  except OSError:
-    return False
 
 
 def check_there(workdir: pathlib.Path) -> None:

@@ -360,6 +360,24 @@ def test_a_stopped_sweep_lets_its_run_save(root):
   assert any(f"stopped at step {step};" in said for step in saved)
 
 
+def test_a_sweep_that_is_stopped_too_late_begins_no_other_cell(root):
+  script = textwrap.dedent("""
+    import sys
+    from mmm_jax import command, experiments
+    call = experiments._call
+    experiments._call = lambda line: (call(line)[0], True)
+    sys.argv = ["experiments", "run", "--sweep=short"]
+    command.run(experiments.main)
+  """)
+  pipes = {"stderr": subprocess.PIPE, "text": True}
+  done = subprocess.run(
+    [sys.executable, "-c", script], cwd=root, env=runs.environment(), **pipes
+  )
+  assert done.returncode == command.STOPPED, done.stderr
+  assert "stopped after 0 mmm:tiny,pmf" in done.stderr
+  assert (root / "tests" / "results" / "short" / "0.json").exists()
+
+
 @pytest.mark.parametrize(
   ("code", "own", "words"),
   [

@@ -415,6 +415,7 @@ def test_the_copy_that_slurm_runs_finds_what_it_reads(stand_in, tmp_path):
   )
   assert done.returncode == 0, done
   assert "-m mmm_jax.main --config=configs/mmm.py" in calls(path, "srun")[0]
+  assert "--kill-on-bad-exit=0 --wait=900" in calls(path, "srun")[0]
 
 
 def test_slurm_refuses_options_inside_a_job(stand_in):

@@ -5,6 +5,8 @@ import fcntl
 import functools
 import json
 import os
+import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +18,7 @@ import time
 import numpy as np
 import pytest
 
-from mmm_jax import command, parallel
+from mmm_jax import command, errors, parallel, workdir
 import runs
 
 _PATIENCE_S = 240  # until a session has got somewhere, on a busy machine
@@ -229,13 +231,23 @@ def test_a_process_that_hangs_before_training_is_missed(
     elsewhere = f"--config.dataset.data_dir={data_dir}"
     started = start(
       tmp_path / "run",
-      "--config.parallel.wait_s=5",
+      "--config.parallel.wait_s=10",
       *([elsewhere] if of_both else []),
       own=[elsewhere],
     )
+    wait_until_it_waits(started[1])
     assert codes(started) == [command.STOPPED] * 2
   said = runs.said(tmp_path / "run", 0)
-  assert at in said and "takes more than 5 s (parallel.wait_s)" in said
+  assert at in said and "takes more than 10 s (parallel.wait_s)" in said
+
+
+def wait_until_it_waits(process):
+  """For a lock, as the system says of it."""
+  end = time.monotonic() + _PATIENCE_S
+  waiting = re.compile(rf"-> FLOCK +\S+ +\S+ +{process.pid} ")
+  while not waiting.search(pathlib.Path("/proc/locks").read_text()):
+    assert time.monotonic() < end
+    time.sleep(0.05)
 
 
 def start_spoilt(folder, spoil, *arguments):
@@ -316,6 +328,7 @@ def test_a_checkpoint_that_one_process_finds_damaged_is_nobodys(
 ):
   folder = tmp_path / "run"
   steps = unfinished(alone, folder)
+  assert len(steps) == 2
   spoil = FAILS_TO_READ.format(error="ValueError('damaged')")
   assert codes(start_spoilt(folder, spoil)) == [command.OK] * 2
   assert f"checkpoint {steps[-1]} of" in runs.said(folder, 1)
@@ -372,6 +385,32 @@ def test_an_environment_that_says_too_little_is_explained(monkeypatch):
     _, said = process.communicate(timeout=60)
   assert process.returncode == command.BAD_INPUT
   assert "SLURM_STEP_NUM_TASKS: found 'x', valid: a whole number" in said
+
+
+def test_devices_of_which_nobody_tells_are_a_loss(monkeypatch):
+  def fail(words):
+    raise RuntimeError(f"Unable to initialize backend 'cpu': {words}")
+
+  monkeypatch.setattr(parallel.jax, "devices", lambda: fail("it timed out"))
+  with pytest.raises(errors.LostError, match="did not tell of their devices"):
+    parallel._learn_devices(60)
+  monkeypatch.setattr(parallel.jax, "devices", lambda: fail("no such device"))
+  with pytest.raises(RuntimeError, match="no such device") as other:
+    parallel._learn_devices(60)
+  assert not isinstance(other.value, errors.LostError)
+
+
+def test_a_checkpoint_that_one_host_does_not_see_is_waited_for(tmp_path):
+  folder = tmp_path / "checkpoints"
+  (folder / "20").mkdir(parents=True)
+  (folder / "30.orbax-checkpoint-tmp").mkdir()
+  wanted = ("", ["20", "30"])
+  with pytest.raises(errors.InputError, match=r"has \['20'\], and the first"):
+    workdir.check_shared(tmp_path, wanted, timeout_s=0)
+  later = threading.Timer(0.5, (folder / "30").mkdir)
+  later.start()
+  workdir.check_shared(tmp_path, wanted, timeout_s=60)
+  later.join()
 
 
 def test_a_process_without_others_may_take_as_long_as_it_needs(monkeypatch):

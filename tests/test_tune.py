@@ -142,6 +142,19 @@ def test_spaces_name_keys_of_the_config():
     assert set(space) <= set(known)
 
 
+def test_the_lock_of_a_dead_process_is_given_up(tmp_path, monkeypatch):
+  """Optuna does so after a while, but not where it cannot find the lock."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "studies").mkdir()
+  path = "studies/study.log"
+  tune.open_study(path)
+  lock = tune._JournalLock(path, grace_period=1)
+  assert lock.acquire()
+  other = tune._JournalLock(path, grace_period=1)
+  assert other.acquire()
+  other.release()
+
+
 @pytest.mark.parametrize("rest", ['{"op_code":', ""])
 def test_a_line_that_was_cut_short_is_dropped(tmp_path, rest):
   """By a full disk or a kill; a journal of nothing else is a new one."""
