@@ -96,7 +96,7 @@ def base() -> ml_collections.ConfigDict:
   c.parallel.devices = 0  # 0: all
   c.parallel.platform = ""  # that they must be of: cpu, gpu or tpu; "": any
   c.parallel.timeout_s = 100  # for other processes to come, and to be silent
-  c.parallel.wait_s = 1800  # for one that lives to come as far as the others
+  c.parallel.wait_s = 1800  # for what needs others, who may hang
   return c
 
 

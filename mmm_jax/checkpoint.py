@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mmm_jax import errors, parallel
+from mmm_jax import errors, files, parallel
 from mmm_jax.datasets import records
 
 _ITEM = "default"  # as Orbax calls the only thing that a checkpoint holds
@@ -39,7 +39,11 @@ _LOG = logging.getLogger("mmm_jax")
 
 
 def open_manager(folder, *, keep: int) -> ocp.CheckpointManager:
-  """The manager of `folder`, which is made if need be."""
+  """The manager of `folder`, which is made if need be.
+
+  Raises:
+    errors.InputError: it cannot be made or listed.
+  """
   # Nothing is read yet: Orbax opens no folder in which it cannot read when
   # each checkpoint was made, and a damaged one is to be passed over.
   options = ocp.CheckpointManagerOptions(
@@ -51,7 +55,7 @@ def open_manager(folder, *, keep: int) -> ocp.CheckpointManager:
   # With a handler named here, Orbax does not look into the newest checkpoint,
   # which may be damaged, to learn how to read the others.
   handler = ocp.StandardCheckpointHandler()
-  with parallel.bounded("opening the checkpoints"):
+  with files.explained(folder, "open"), parallel.bounded("opening checkpoints"):
     return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
 
 
@@ -151,9 +155,7 @@ def restore(manager: ocp.CheckpointManager, template):
     (damaged,) = parallel.any_process([tree is None])
     if damaged:
       continue
-    with parallel.bounded("deleting damaged checkpoints"):
-      for newer in steps[:number]:
-        manager.delete(newer)
+    _delete(manager, steps[:number])
     return tree
   if steps:
     raise errors.InputError(
@@ -163,9 +165,19 @@ def restore(manager: ocp.CheckpointManager, template):
   return None
 
 
+def _delete(manager, steps):
+  explained = files.explained(manager.directory, "delete from")
+  with explained, parallel.bounded("deleting damaged checkpoints"):
+    for step in steps:
+      manager.delete(step)
+
+
 def _load_whole(manager, step, template):
   """`load`, or None where the checkpoint is damaged, which it says."""
   try:
+    # Orbax takes a folder that it may not look into for one that is gone.
+    for _ in os.walk(manager.directory / str(step), onerror=_raise):
+      pass
     return load(manager, step, template)
   except Exception as error:  # whatever a damaged file makes Orbax raise
     _check_readable(error, f"checkpoint {step} of {manager.directory}")
@@ -175,6 +187,10 @@ def _load_whole(manager, step, template):
       step, manager.directory, type(error).__name__, reason,
     )  # fmt: skip
     return None
+
+
+def _raise(error):
+  raise error
 
 
 def _check_readable(error: BaseException, what: str):

@@ -166,6 +166,8 @@ def _give_up_dead_trials(study):
 
 
 def _alive(attributes) -> bool:
+  if "pid" not in attributes:  # killed before `sign`, as who asks is alone
+    return False
   if attributes.get("host") != platform.node():
     return True  # of another machine: who knows
   try:

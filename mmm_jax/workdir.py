@@ -56,11 +56,12 @@ def locked(workdir: pathlib.Path):
 
 def look(workdir: pathlib.Path) -> tuple[str, list[str]]:
   """What stands in the lock, and the checkpoints, as this process sees them."""
-  try:
+  mark, names = "", []
+  late = contextlib.suppress(OSError)  # as of a view that is out of date
+  with late:
     mark = (workdir / ".lock").read_text()
-  except OSError:
-    mark = ""
-  names = [path.name for path in (workdir / "checkpoints").glob("*")]
+  with late:
+    names = os.listdir(workdir / "checkpoints")
   return mark, sorted(filter(str.isdecimal, names))
 
 

@@ -190,6 +190,28 @@ def test_what_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch, error):
   manager.close()
 
 
+@pytest.mark.parametrize("place", ["", "default"])
+def test_a_folder_that_may_not_be_read_is_not_damaged(
+  tmp_path, monkeypatch, place
+):
+  """Root may read all: the system's words are put into Python's mouth."""
+  saved(tmp_path, 1, 2).close()
+  hidden = str(tmp_path / "2" / place).rstrip("/")
+  scandir = os.scandir
+
+  def refuse(path):
+    if str(path) == hidden:
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), hidden)
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    with pytest.raises(errors.InputError, match="cannot read checkpoint 2 of"):
+      checkpoint.restore(manager, make_tree(0))
+    monkeypatch.undo()
+    assert_bits(checkpoint.restore(manager, make_tree(0)), make_tree(2))
+
+
 def start(tmp_path):
   config = toy.get_config("cat", log__every_steps=4)
   run = toy.make_run(config, toy.random_data(40, 60))

@@ -1,6 +1,7 @@
 """Searches: what a trial may see, and how a study goes on."""
 
 import os
+import platform
 
 import numpy as np
 import optuna
@@ -140,6 +141,19 @@ def test_spaces_name_keys_of_the_config():
     known = dict(validate.leaves(config))
     space = runs.config_module().search_space(config)
     assert set(space) <= set(known)
+
+
+@pytest.mark.parametrize("signed", [{}, {"host": platform.node()}])
+def test_a_trial_killed_while_it_began_is_tried_again(tmp_path, signed):
+  path = tmp_path / "study.log"
+  search(path, 1)
+  study = tune.open_study(str(path))
+  trial = study.ask()
+  for name, value in signed.items():
+    trial.set_user_attr(name, value)
+  assert tune._begun(study) == 2
+  tune._give_up_dead_trials(study)
+  assert tune._begun(study) == 1
 
 
 def test_the_lock_of_a_dead_process_is_given_up(tmp_path, monkeypatch):
