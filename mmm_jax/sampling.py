@@ -107,7 +107,7 @@ def epoch_order(
     bits = jax.random.bits(jax.random.fold_in(key, number), (places,))
     # 31 bits, so that the empty places can sort behind all real ones.
     bits = jnp.where(jnp.arange(places) < count, bits >> 1, jnp.uint32(PAD) + 1)
-    order = jnp.argsort(bits)
+    order = stable_order(bits)
     step = jnp.arange(steps)
     if packed:
       taken = jnp.clip(count - step * width, 0, width)
@@ -123,6 +123,25 @@ def epoch_order(
     return jnp.where(at < end[:, None], order.at[at].get(mode="clip"), -1)
 
   return jax.vmap(order_of_shard)(shard, stream.count)
+
+
+def stable_order(keys: jax.Array) -> jax.Array:
+  """What `jnp.argsort(keys)` gives, for [P] uint32: [P] int32.
+
+  In passes from the lowest bits to the highest, each of which sorts as many of
+  a key's bits as fit into a number beside its place: XLA sorts single numbers
+  on a CPU in a sixth of the time of pairs.
+  """
+  size = keys.shape[0]
+  for_place = max(1, (size - 1).bit_length())
+  for_key = 32 - for_place
+  place = jnp.arange(size, dtype=jnp.uint32)
+  order = place
+  for lowest in range(0, 32, for_key):
+    part = keys[order] >> lowest & jnp.uint32(2**for_key - 1)
+    passed = lax.sort(part << for_place | place)
+    order = order[passed & jnp.uint32(2**for_place - 1)]
+  return order.astype(jnp.int32)
 
 
 def take(stream: Stream, places: jax.Array) -> dict[str, jax.Array]:
@@ -166,15 +185,17 @@ def unseen_item(
     max_seen: length of the longest list.
   """
   start = seen.indptr[user]
-  low, high = jnp.zeros_like(rank), seen.indptr[user + 1] - start
-  for _ in range(int(max_seen).bit_length()):
+  bounds = jnp.zeros_like(rank), seen.indptr[user + 1] - start
+
+  def halve(_, bounds):
+    low, high = bounds
     middle = (low + high) >> 1
     item = seen.indices.at[start + middle].get(mode="clip")
     below = (middle < high) & (item - middle <= rank)
-    low, high = (
-      jnp.where(below, middle + 1, low),
-      jnp.where(below, high, middle),
-    )
+    return jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
+
+  # A loop of the device: unrolled, XLA works out each round from the first on.
+  low, _ = lax.fori_loop(0, int(max_seen).bit_length(), halve, bounds)
   return rank + low
 
 

@@ -2,7 +2,8 @@
 
 `build` turns a split data set into two pytrees: `Shards`, of which every
 device holds its part, and `Shared`, which every device holds whole. `plan`
-puts an epoch in order, and `draw_batch` is the beginning of every step.
+puts an epoch in order, `draw_interactions` picks positives and negatives ahead
+of a dispatch of steps, and `draw_batch` is the beginning of every step.
 
 Shapes: S data shards of this device, T steps of an epoch, W width of a step in
 a shard, B = S * W, N items, M users, K networks.
@@ -312,10 +313,40 @@ def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes) -> Plan:
   )
 
 
+class Interactions(NamedTuple):
+  """Positives of a step and what they are told from."""
+
+  user: jax.Array  # [S, W], PAD where there is none
+  item: jax.Array  # [S, W]
+  negatives: jax.Array  # [B, n], or for the softmax [n']
+
+
+def draw_interactions(
+  shards: Shards,
+  shared: Shared,
+  plan: Plan,
+  step: jax.Array,
+  *,
+  sizes: Sizes,
+  config,
+) -> Interactions:
+  """The positives and negatives of a step on one device.
+
+  They need nothing that a step changes. Arguments are those of `draw_batch`.
+  """
+  places = plan.interactions[:, jax.lax.rem(step, sizes.steps)]
+  pairs = sampling.take(shards.interactions, places)
+  negatives = _negatives(
+    pairs["user"], places, shards, shared, step, sizes, config
+  )
+  return Interactions(pairs["user"], pairs["item"], negatives)
+
+
 def draw_batch(
   shards: Shards,
   shared: Shared,
   plan: Plan,
+  interactions: Interactions,
   content: dict[str, jax.Array],
   step: jax.Array,
   *,
@@ -329,6 +360,7 @@ def draw_batch(
     shards: this device's part of the streams.
     shared: look-up arrays.
     plan: order of the epoch.
+    interactions: the step's, from `draw_interactions`.
     content: {source: [S, W, ...]} of the step's items.
     step: finished updates of the run.
     sizes: shapes.
@@ -346,10 +378,9 @@ def draw_batch(
     `shared_fraction`, this device's part of rows that all devices hold.
   """
   epoch, at = jax.lax.div(step, sizes.steps), jax.lax.rem(step, sizes.steps)
-  places = jax.tree.map(lambda order: order[:, at], plan)
-  pairs = sampling.take(shards.interactions, places.interactions)
-  stream_item = sampling.take(shards.items, places.items)["item"]
-  stream_user = sampling.take(shards.users, places.users)["user"].reshape(-1)
+  stream_item = sampling.take(shards.items, plan.items[:, at])["item"]
+  stream_user = sampling.take(shards.users, plan.users[:, at])["user"]
+  stream_user = stream_user.reshape(-1)
   # Of the networks and of the users' own items, which are a network, too.
   *draws, history_draw = sampling.window_draws(
     shards.keys[0], epoch, len(shared.networks) + 1
@@ -363,14 +394,12 @@ def draw_batch(
   }
   content = dict(content)
   tokens = content.pop("text", None)
-  user, item = pairs["user"].reshape(-1), pairs["item"].reshape(-1)
+  user, item = interactions.user.reshape(-1), interactions.item.reshape(-1)
+  negatives = interactions.negatives
   window_of_items = functools.partial(
     window, user, shared.history, draw=history_draw
   )
   history = window_of_items()
-  negatives = _negatives(
-    pairs["user"], places.interactions, shards, shared, step, sizes, config
-  )
   seen_negatives = None
   if config.interaction_loss == "softmax":
     own = window_of_items(cap=min(sizes.max_seen, _MOST_MASKED))

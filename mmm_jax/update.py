@@ -261,10 +261,12 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
     is not compiled again.
   """
   draw = _batch_drawer(config, sizes, engine, resident)
+  length = chunk_steps(config, sizes)
 
   @jax.jit  # so that it is traced once, for its shapes and for the loop
-  def step_at(at, state, slots, *data):
-    batch = draw(at, state.step, *data)
+  def step_at(at, state, slots, ahead, *data):
+    interactions = jax.tree.map(lambda each: each[at], ahead)
+    batch = draw(at, state.step, interactions, *data)
     return train_step(
       state,
       slots,
@@ -276,18 +278,23 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
     )
 
   def train_chunk(num_steps, state, *data):
+    # All at once, as for one step each of a draw's many small operations takes
+    # longer to start than to run. What lies behind `num_steps` is not used.
+    draw_ahead = lambda step: _interactions(step, config, sizes, *data)
+    ahead = jax.vmap(draw_ahead)(state.step + jnp.arange(length))
+
     def body(at, carry):
       state, slots, series = carry
-      state, slots, values = step_at(at, state, slots, *data)
+      state, slots, values = step_at(at, state, slots, ahead, *data)
       row = jnp.stack(jax.tree.leaves(values))
       return state, slots, series.at[at].set(row)
 
     # Of one type with the loop's, or the step is traced a second time.
     first = jnp.int32(0)
     slots = tables.new_slots(state.tables)
-    values = jax.eval_shape(step_at, first, state, slots, *data)[2]
+    values = jax.eval_shape(step_at, first, state, slots, ahead, *data)[2]
     numbers, names = jax.tree.flatten(values)
-    series = jnp.zeros((chunk_steps(config, sizes), len(numbers)))
+    series = jnp.zeros((length, len(numbers)))
     carry = (state, slots, series)
     state, _, series = lax.fori_loop(first, num_steps, body, carry)
     return state, Series(series, names)
@@ -313,10 +320,12 @@ def make_table_gradients(
   draw = _batch_drawer(config, sizes, engine, resident)
 
   def gradients(num_steps, state, *data):
+    step = state.step - num_steps
+    interactions = _interactions(step, config, sizes, *data)
     return table_gradients(
       state,
       tables.new_slots(state.tables),
-      draw(jnp.int32(0), state.step - num_steps, *data),
+      draw(jnp.int32(0), step, interactions, *data),
       model=model,
       config=config,
       steps=sizes.steps,
@@ -330,15 +339,16 @@ def make_table_gradients(
 
 
 def _batch_drawer(config, sizes, engine, resident):
-  """A function that draws the batch of a step, at a place in its chunk."""
+  """A function that draws the rest of a step's batch, at a place in a chunk."""
   cut = input_pipeline.at_places if resident else input_pipeline.at_step
 
-  def draw(at, step, shards, shared, plan, content):
+  def draw(at, step, interactions, shards, shared, plan, content):
     places = plan.items[:, lax.rem(step, sizes.steps)]
     return streams.draw_batch(
       shards,
       shared,
       plan,
+      interactions,
       cut(content, places, at),
       step,
       sizes=sizes,
@@ -347,6 +357,13 @@ def _batch_drawer(config, sizes, engine, resident):
     )
 
   return draw
+
+
+def _interactions(step, config, sizes, shards, shared, plan, content):
+  del content
+  return streams.draw_interactions(
+    shards, shared, plan, step, sizes=sizes, config=config
+  )
 
 
 def chunk_steps(config, sizes) -> int:

@@ -220,6 +220,25 @@ def test_deal_gives_everything_to_one_shard_in_equal_parts(size):
   assert (np.sort(~real, axis=1) == ~real).all()
 
 
+@given(
+  hnp.arrays(np.uint32, st.integers(1, 300)),
+  st.sampled_from([0, 1, 3, 2**32 - 1]),
+)
+@settings(deadline=None, max_examples=60)
+def test_stable_order_is_a_stable_sort(keys, mask):
+  keys &= np.uint32(mask)  # a narrow mask makes many keys the same
+  found = np.asarray(sampling.stable_order(jnp.asarray(keys)))
+  assert found.tolist() == np.argsort(keys, kind="stable").tolist()
+
+
+@pytest.mark.parametrize("size", [2**16, 2**16 + 1, 3 * 2**17])
+def test_stable_order_of_more_places_takes_more_passes(size):
+  keys = np.random.default_rng(size).integers(0, 2**32, size, np.uint32)
+  keys[::3] = keys[0]
+  found = np.asarray(jax.jit(sampling.stable_order)(keys))
+  assert (found == np.argsort(keys, kind="stable")).all()
+
+
 @functools.partial(
   jax.jit, static_argnames=("name", "steps", "width", "packed")
 )

@@ -262,16 +262,20 @@ def draw_epoch(run, epoch=0, shards=slice(None), tokens=None) -> list[dict]:
 
   @jax.jit
   def draw(step):
+    settings = {"sizes": run.sizes, "config": run.config}
+    interactions = streams.draw_interactions(
+      shards, shared, plan, step, **settings
+    )
     places = plan.items[:, jax.lax.rem(step, run.sizes.steps)]
     return streams.draw_batch(
       shards,
       shared,
       plan,
+      interactions,
       input_pipeline.at_places(content, places, step),
       step,
-      sizes=run.sizes,
-      config=run.config,
       num_devices=1,
+      **settings,
     )
 
   first = epoch * run.sizes.steps
