@@ -501,32 +501,43 @@ class Source:
 class Vectors(Source):
   """The dense vectors of items alone.
 
-  They are looked up in a record's bytes, which takes half the time of parsing
-  it and makes no copy.
+  They are looked up in a record's bytes, which takes a fraction of the time of
+  parsing it and makes no copy.
   """
 
   def __init__(self, folder: pathlib.Path, name: str, sources):
     super().__init__(folder, "items", name)
     self._arguments = (folder, name, sources)
-    self._wanted = {each.encode(): self._features[each] for each in sources}
+    self._wanted = {
+      each: _layout(each, self._features[each]) for each in sources
+    }
 
   def _parse(self, serialised):
     found = {}
-    # A tf.train.Example is one field of entries, each a name and its feature.
+    # A tf.train.Example is one field of entries.
     _, at = _length(serialised, 0)
     while len(found) < len(self._wanted):
+      for name, (head, dtype, count) in self._wanted.items():
+        if serialised.startswith(head, at):
+          found[name] = np.frombuffer(serialised, dtype, count, at + len(head))
       size, at = _length(serialised, at)
-      end = at + size
-      size, at = _length(serialised, at)
-      name = serialised[at : at + size]
-      if name in self._wanted:
-        at += size
-        for _ in range(3):  # a feature of a list of bytes, of which it has one
-          _, at = _length(serialised, at)
-        (count,), dtype = self._wanted[name].shape, self._wanted[name].np_dtype
-        found[name.decode()] = np.frombuffer(serialised, dtype, count, at)
-      at = end
+      at += size
     return found
+
+
+def _layout(name, feature) -> tuple[bytes, np.dtype, int]:
+  """How the vectors of a source lie in a tf.train.Example.
+
+  Returns:
+    What stands before the numbers: their entry's length, name and kind, the
+    same in every record, as all vectors of a source are of one length. The
+    numbers' type, and how many they are.
+  """
+  (count,), dtype = feature.shape, np.dtype(feature.np_dtype)
+  entries = tf_example_pb2.Example().features
+  entries.feature[name].bytes_list.value.append(bytes(count * dtype.itemsize))
+  head = entries.SerializeToString()[: -count * dtype.itemsize]
+  return head, dtype, count
 
 
 def _length(serialised, at):
