@@ -210,10 +210,22 @@ def touched(config, size: int, devices: int) -> dict[str, int]:
 
 
 def work_bytes(config, size: int, devices: int) -> int:
-  """Scratch of a step: the packed rows that it read, and their new values."""
+  """Scratch of a chunk: what is drawn ahead for it, and a step's packed rows.
+
+  Of its steps the users, positives and negatives of this device; of one the
+  rows that it read, and their new values.
+  """
+  steps = math.ceil(PER_USER * size / config.batch_size)
+  negatives = config.batch_size // devices * config.negatives.per_positive
+  if config.interaction_loss == "softmax":
+    negatives = config.losses.softmax.shared_negatives
+  ids = 2 * config.batch_size // devices + negatives
+  drawn = 4 * min(config.log.every_steps, steps) * ids
   widths = {name: width for name, (_, width) in tables_of(config, size).items()}
   rows = touched(config, size, devices)
-  return sum(2 * n * row_bytes(widths[name]) for name, n in rows.items())
+  return drawn + sum(
+    2 * n * row_bytes(widths[name]) for name, n in rows.items()
+  )
 
 
 def training_bytes(config, size: int, devices: int) -> int:
