@@ -81,7 +81,8 @@ def base() -> ml_collections.ConfigDict:
   c.checkpoint.keep = 2
 
   c.log = ml_collections.ConfigDict()
-  c.log.every_steps = 25  # also the length of a dispatch
+  # Also the length of a dispatch, for which examples are drawn ahead.
+  c.log.every_steps = 25
   c.log.tensorboard = True
   c.log.gradients = False  # of every term on the tables, at each validation
 

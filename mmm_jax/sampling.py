@@ -129,8 +129,9 @@ def stable_order(keys: jax.Array) -> jax.Array:
   """What `jnp.argsort(keys)` gives, for [P] uint32: [P] int32.
 
   In passes from the lowest bits to the highest, each of which sorts as many of
-  a key's bits as fit into a number beside its place: XLA sorts single numbers
-  on a CPU in a sixth of the time of pairs.
+  a key's bits as fit into a number beside its place: two passes for up to 2**16
+  places, four for up to 2**24. XLA sorts single numbers on a CPU in a sixth of
+  the time of pairs.
   """
   size = keys.shape[0]
   for_place = max(1, (size - 1).bit_length())
@@ -337,7 +338,7 @@ def _window(user, network, draw, cap):
 def bits_at(key: jax.Array, *coordinates) -> jax.Array:
   """32 random bits for every combination of coordinates, which broadcast.
 
-  A hash of a few multiplications: where a step draws by the thousand, the
+  A hash of a few multiplications: as every step needs thousands, the
   generator behind `jax.random` would take a tenth of it.
   """
   first, last = jax.random.bits(key, (2,))

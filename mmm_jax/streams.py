@@ -2,8 +2,8 @@
 
 `build` turns a split data set into two pytrees: `Shards`, of which every
 device holds its part, and `Shared`, which every device holds whole. `plan`
-puts an epoch in order, `draw_interactions` picks positives and negatives ahead
-of a dispatch of steps, and `draw_batch` is the beginning of every step.
+puts an epoch in order, `draw_examples` picks positives and negatives ahead of a
+dispatch of steps, and `draw_batch` is the beginning of every step.
 
 Shapes: S data shards of this device, T steps of an epoch, W width of a step in
 a shard, B = S * W, N items, M users, K networks.
@@ -313,7 +313,7 @@ def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes) -> Plan:
   )
 
 
-class Interactions(NamedTuple):
+class Examples(NamedTuple):
   """Positives of a step and what they are told from."""
 
   user: jax.Array  # [S, W], PAD where there is none
@@ -321,7 +321,7 @@ class Interactions(NamedTuple):
   negatives: jax.Array  # [B, n], or for the softmax [n']
 
 
-def draw_interactions(
+def draw_examples(
   shards: Shards,
   shared: Shared,
   plan: Plan,
@@ -329,7 +329,7 @@ def draw_interactions(
   *,
   sizes: Sizes,
   config,
-) -> Interactions:
+) -> Examples:
   """The positives and negatives of a step on one device.
 
   They need nothing that a step changes. Arguments are those of `draw_batch`.
@@ -339,14 +339,14 @@ def draw_interactions(
   negatives = _negatives(
     pairs["user"], places, shards, shared, step, sizes, config
   )
-  return Interactions(pairs["user"], pairs["item"], negatives)
+  return Examples(pairs["user"], pairs["item"], negatives)
 
 
 def draw_batch(
   shards: Shards,
   shared: Shared,
   plan: Plan,
-  interactions: Interactions,
+  examples: Examples,
   content: dict[str, jax.Array],
   step: jax.Array,
   *,
@@ -360,7 +360,7 @@ def draw_batch(
     shards: this device's part of the streams.
     shared: look-up arrays.
     plan: order of the epoch.
-    interactions: the step's, from `draw_interactions`.
+    examples: the step's, from `draw_examples`.
     content: {source: [S, W, ...]} of the step's items.
     step: finished updates of the run.
     sizes: shapes.
@@ -394,8 +394,8 @@ def draw_batch(
   }
   content = dict(content)
   tokens = content.pop("text", None)
-  user, item = interactions.user.reshape(-1), interactions.item.reshape(-1)
-  negatives = interactions.negatives
+  user, item = examples.user.reshape(-1), examples.item.reshape(-1)
+  negatives = examples.negatives
   window_of_items = functools.partial(
     window, user, shared.history, draw=history_draw
   )

@@ -251,7 +251,7 @@ def _update_tables(state, slots, touched, grads, config):
 
 
 def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
-  """Compiles a dispatch of up to `chunk_steps` steps.
+  """Compiles a dispatch of up to `chunk_steps` steps, and of their examples.
 
   Returns:
     A function of (num_steps, state, shards, shared, plan, content) that gives
@@ -265,8 +265,8 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
 
   @jax.jit  # so that it is traced once, for its shapes and for the loop
   def step_at(at, state, slots, ahead, *data):
-    interactions = jax.tree.map(lambda each: each[at], ahead)
-    batch = draw(at, state.step, interactions, *data)
+    examples = jax.tree.map(lambda each: each[at], ahead)
+    batch = draw(at, state.step, examples, *data)
     return train_step(
       state,
       slots,
@@ -278,9 +278,9 @@ def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):
     )
 
   def train_chunk(num_steps, state, *data):
-    # All at once, as for one step each of a draw's many small operations takes
-    # longer to start than to run. What lies behind `num_steps` is not used.
-    draw_ahead = lambda step: _interactions(step, config, sizes, *data)
+    # All at once: step by step, a draw's many small operations take longer to
+    # start than to run. What lies behind `num_steps` is not used.
+    draw_ahead = lambda step: _examples(step, config, sizes, *data)
     ahead = jax.vmap(draw_ahead)(state.step + jnp.arange(length))
 
     def body(at, carry):
@@ -321,11 +321,11 @@ def make_table_gradients(
 
   def gradients(num_steps, state, *data):
     step = state.step - num_steps
-    interactions = _interactions(step, config, sizes, *data)
+    examples = _examples(step, config, sizes, *data)
     return table_gradients(
       state,
       tables.new_slots(state.tables),
-      draw(jnp.int32(0), step, interactions, *data),
+      draw(jnp.int32(0), step, examples, *data),
       model=model,
       config=config,
       steps=sizes.steps,
@@ -342,13 +342,13 @@ def _batch_drawer(config, sizes, engine, resident):
   """A function that draws the rest of a step's batch, at a place in a chunk."""
   cut = input_pipeline.at_places if resident else input_pipeline.at_step
 
-  def draw(at, step, interactions, shards, shared, plan, content):
+  def draw(at, step, examples, shards, shared, plan, content):
     places = plan.items[:, lax.rem(step, sizes.steps)]
     return streams.draw_batch(
       shards,
       shared,
       plan,
-      interactions,
+      examples,
       cut(content, places, at),
       step,
       sizes=sizes,
@@ -359,9 +359,9 @@ def _batch_drawer(config, sizes, engine, resident):
   return draw
 
 
-def _interactions(step, config, sizes, shards, shared, plan, content):
+def _examples(step, config, sizes, shards, shared, plan, content):
   del content
-  return streams.draw_interactions(
+  return streams.draw_examples(
     shards, shared, plan, step, sizes=sizes, config=config
   )
 

@@ -260,6 +260,15 @@ def test_vectors_are_found_where_tfds_finds_them(tmp_path, size):
       np.testing.assert_array_equal(ours[name], theirs[name])
 
 
+def test_a_record_whose_vector_is_short_is_damage(tmp_path):
+  rng = np.random.default_rng(0)
+  source, _ = prepare_vectors(tmp_path / "set-0", {"visual": 5}, rng)
+  other, _ = prepare_vectors(tmp_path / "set-1", {"visual": 4}, rng)
+  source._readers = other._readers
+  with pytest.raises(errors.InputError, match="visual.*5.*delete the folder"):
+    source[0]
+
+
 def test_records_of_several_files(tmp_path):
   rng = np.random.default_rng(0)
   sizes = {"visual": 5}

@@ -231,7 +231,7 @@ def test_stable_order_is_a_stable_sort(keys, mask):
   assert found.tolist() == np.argsort(keys, kind="stable").tolist()
 
 
-@pytest.mark.parametrize("size", [2**16, 2**16 + 1, 3 * 2**17])
+@pytest.mark.parametrize("size", [2**16, 2**16 + 1, 2**21 + 1])
 def test_stable_order_of_more_places_takes_more_passes(size):
   keys = np.random.default_rng(size).integers(0, 2**32, size, np.uint32)
   keys[::3] = keys[0]

@@ -190,17 +190,30 @@ def test_chunks_cover_the_rest_of_an_epoch(steps, every_steps, data):
   assert ahead(sum(whole[:done])) == whole[done:]
 
 
-def test_the_length_of_a_chunk_changes_nothing():
+@pytest.mark.parametrize(
+  ("changes", "devices"),
+  [
+    ({}, 1),
+    ({}, 8),
+    ({"negatives__resample": False}, 1),
+    ({"interaction_loss": "softmax"}, 1),
+  ],
+  ids=str,
+)
+def test_the_length_of_a_chunk_changes_nothing(changes, devices):
+  # What is drawn ahead for a chunk is what each of its steps would draw.
   states, losses = [], []
-  for chunk in (50, 4):
-    config = toy.get_config("pmf", log__every_steps=chunk)
-    session = toy.Session(toy.make_run(config, toy.random_data(40, 60)))
+  for chunk in (50, 4, 1):
+    config = toy.get_config("pmf", log__every_steps=chunk, **changes)
+    run = toy.make_run(config, toy.random_data(40, 60))
+    session = toy.Session(run, engine=toy.make_engine(devices))
     losses.append(session.train_epochs(2)["loss"])
     states.append(session.state)
   assert len(losses[0]) == 2 * session.run.sizes.steps == states[0].step
-  assert (losses[0] == losses[1]).all()
-  same = jax.tree.map(lambda x, y: bool((x == y).all()), *states)
-  assert all(jax.tree.leaves(same))
+  for loss, state in zip(losses[1:], states[1:]):
+    assert (loss == losses[0]).all()
+    same = jax.tree.map(lambda x, y: bool((x == y).all()), state, states[0])
+    assert all(jax.tree.leaves(same))
 
 
 # --- failure ---------------------------------------------------------------

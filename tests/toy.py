@@ -263,15 +263,13 @@ def draw_epoch(run, epoch=0, shards=slice(None), tokens=None) -> list[dict]:
   @jax.jit
   def draw(step):
     settings = {"sizes": run.sizes, "config": run.config}
-    interactions = streams.draw_interactions(
-      shards, shared, plan, step, **settings
-    )
+    examples = streams.draw_examples(shards, shared, plan, step, **settings)
     places = plan.items[:, jax.lax.rem(step, run.sizes.steps)]
     return streams.draw_batch(
       shards,
       shared,
       plan,
-      interactions,
+      examples,
       input_pipeline.at_places(content, places, step),
       step,
       num_devices=1,

@@ -517,6 +517,9 @@ class Vectors(Source):
     # A tf.train.Example is one field of entries.
     _, at = _length(serialised, 0)
     while len(found) < len(self._wanted):
+      if at >= len(serialised):
+        wanted = {name: count for name, (*_, count) in self._wanted.items()}
+        raise ValueError(f"a record without vectors of {wanted} numbers")
       for name, (head, dtype, count) in self._wanted.items():
         if serialised.startswith(head, at):
           found[name] = np.frombuffer(serialised, dtype, count, at + len(head))
@@ -536,8 +539,8 @@ def _layout(name, feature) -> tuple[bytes, np.dtype, int]:
   (count,), dtype = feature.shape, np.dtype(feature.np_dtype)
   entries = tf_example_pb2.Example().features
   entries.feature[name].bytes_list.value.append(bytes(count * dtype.itemsize))
-  head = entries.SerializeToString()[: -count * dtype.itemsize]
-  return head, dtype, count
+  whole = entries.SerializeToString()
+  return whole[: len(whole) - count * dtype.itemsize], dtype, count
 
 
 def _length(serialised, at):

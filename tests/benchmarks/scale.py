@@ -169,17 +169,21 @@ def dealt_bytes(config, size: int, devices: int) -> int:
   content = 0
   if config.model.sources:
     of_item = 2 * VISUAL + 4 * TOKENS
-    steps = math.ceil(PER_USER * size / config.batch_size)
-    ahead = min(config.log.every_steps, steps) * stream_width(config, size)
+    steps = min(config.log.every_steps, epoch_steps(config, size))
+    ahead = steps * stream_width(config, size)
     fits = size * of_item <= config.input.content_budget_mb * 2**20
     content = of_item * (size if fits else 2 * ahead)
   return (ids + order + content) // devices
 
 
+def epoch_steps(config, size: int) -> int:
+  return math.ceil(PER_USER * size / config.batch_size)
+
+
 def stream_width(config, size: int) -> int:
   """Users, or items, that a step takes of theirs, as `streams.measure`."""
-  steps = math.ceil(PER_USER * size / config.batch_size)
-  in_shard = math.ceil(math.ceil(size / config.data_shards) / steps)
+  in_shard = math.ceil(size / config.data_shards)
+  in_shard = math.ceil(in_shard / epoch_steps(config, size))
   return in_shard * config.data_shards
 
 
@@ -215,12 +219,12 @@ def work_bytes(config, size: int, devices: int) -> int:
   Of its steps the users, positives and negatives of this device; of one the
   rows that it read, and their new values.
   """
-  steps = math.ceil(PER_USER * size / config.batch_size)
+  steps = min(config.log.every_steps, epoch_steps(config, size))
   negatives = config.batch_size // devices * config.negatives.per_positive
   if config.interaction_loss == "softmax":
     negatives = config.losses.softmax.shared_negatives
   ids = 2 * config.batch_size // devices + negatives
-  drawn = 4 * min(config.log.every_steps, steps) * ids
+  drawn = 4 * steps * ids
   widths = {name: width for name, (_, width) in tables_of(config, size).items()}
   rows = touched(config, size, devices)
   return drawn + sum(

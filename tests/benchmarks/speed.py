@@ -312,7 +312,8 @@ def profile(_):
   """B6: epochs of the variants, and what XLA counts for a step of each.
 
   The time is that of an epoch over its steps: with the order of the epoch, the
-  Lloyd pass and the log. What XLA counts is of the step alone.
+  Lloyd pass and the log. What XLA counts is of one step and of what is drawn
+  ahead for a dispatch.
   """
   return {"profile": {name: _profile(name) for name in PROFILED}}
 
@@ -342,9 +343,9 @@ def _profile(variant):
 def streamed(_):
   """B5: 4096-d content read anew in each epoch, against resident content.
 
-  Epochs of the two in turn, so that a slow minute of the machine falls to
-  both. Before each that counts goes one of the same training that does not:
-  while the other trains, more than usual is read ahead.
+  Two epochs of each in turn, so that a slow minute of the machine falls to
+  both. The second counts: for the first, more than usual was read ahead while
+  the other trained.
   """
   resident, streaming = (
     get_config(network__neighbour_cap=16, **changes)
