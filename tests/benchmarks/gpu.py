@@ -266,8 +266,8 @@ def _training(name, config, run, flags):
 def _counted(trainer: train.Trainer):
   """Operations of a step's matrix products, and bytes as the compiler counts.
 
-  The bytes are with what is drawn ahead for a dispatch.
-  On a GPU its own count of operations leaves out what it hands to a library.
+  Its bytes have in them what is drawn ahead for a dispatch. On a GPU its own
+  count of operations leaves out what it hands to a library.
   """
   plan = trainer._plan(trainer.shards, np.int32(0))
   data = (trainer.shards, trainer.shared, plan, trainer.resident)

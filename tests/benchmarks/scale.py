@@ -169,8 +169,7 @@ def dealt_bytes(config, size: int, devices: int) -> int:
   content = 0
   if config.model.sources:
     of_item = 2 * VISUAL + 4 * TOKENS
-    steps = min(config.log.every_steps, epoch_steps(config, size))
-    ahead = steps * stream_width(config, size)
+    ahead = dispatch_steps(config, size) * stream_width(config, size)
     fits = size * of_item <= config.input.content_budget_mb * 2**20
     content = of_item * (size if fits else 2 * ahead)
   return (ids + order + content) // devices
@@ -180,6 +179,11 @@ def epoch_steps(config, size: int) -> int:
   return math.ceil(PER_USER * size / config.batch_size)
 
 
+def dispatch_steps(config, size: int) -> int:
+  """T, as `update.chunk_steps`."""
+  return min(config.log.every_steps, epoch_steps(config, size))
+
+
 def stream_width(config, size: int) -> int:
   """Users, or items, that a step takes of theirs, as `streams.measure`."""
   in_shard = math.ceil(size / config.data_shards)
@@ -187,17 +191,18 @@ def stream_width(config, size: int) -> int:
   return in_shard * config.data_shards
 
 
+def negatives(config, devices: int) -> int:
+  """Of a step, on all devices; those that it shares are on each the same."""
+  if config.interaction_loss == "softmax":
+    return config.losses.softmax.shared_negatives * devices
+  return config.batch_size * config.negatives.per_positive
+
+
 def touched(config, size: int, devices: int) -> dict[str, int]:
   """n of every table: rows that a step of all devices reads, with repeats."""
   batch, streamed = config.batch_size, stream_width(config, size)
   cap, remedies = config.network.neighbour_cap, config.remedies
-  shared = config.losses.softmax.shared_negatives * devices  # on each the same
-  negatives = (
-    shared
-    if config.interaction_loss == "softmax"
-    else batch * config.negatives.per_positive
-  )
-  found = {"user": batch, "item": batch + negatives}
+  found = {"user": batch, "item": batch + negatives(config, devices)}
   if config.model.sources:
     found["item"] += streamed
     found["word"] = streamed * TOKENS
@@ -219,12 +224,8 @@ def work_bytes(config, size: int, devices: int) -> int:
   Of its steps the users, positives and negatives of this device; of one the
   rows that it read, and their new values.
   """
-  steps = min(config.log.every_steps, epoch_steps(config, size))
-  negatives = config.batch_size // devices * config.negatives.per_positive
-  if config.interaction_loss == "softmax":
-    negatives = config.losses.softmax.shared_negatives
-  ids = 2 * config.batch_size // devices + negatives
-  drawn = 4 * steps * ids
+  ids = (2 * config.batch_size + negatives(config, devices)) // devices
+  drawn = 4 * dispatch_steps(config, size) * ids
   widths = {name: width for name, (_, width) in tables_of(config, size).items()}
   rows = touched(config, size, devices)
   return drawn + sum(

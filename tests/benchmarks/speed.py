@@ -172,22 +172,14 @@ def _profile_table(found):
   return tabulate.markdown_lines(heads, lines)
 
 
-def median_seconds(function, *, warm=1) -> float:
-  """Of REPEATS calls, after `warm` that do not count."""
+def median_seconds(function, *, warm=1, repeats=REPEATS) -> float:
+  """Of `repeats` calls, after `warm` that do not count."""
   seconds = []
-  for _ in range(warm + REPEATS):
+  for _ in range(warm + repeats):
     start = time.perf_counter()
     function()
     seconds.append(time.perf_counter() - start)
   return statistics.median(seconds[warm:])
-
-
-def seconds_of_second(function) -> float:
-  """Of the second of two calls."""
-  function()
-  start = time.perf_counter()
-  function()
-  return time.perf_counter() - start
 
 
 def get_config(variants="", **changes):
@@ -354,9 +346,11 @@ def streamed(_):
   seconds, ratios = [], []
   with Training(resident) as first, Training(streaming) as second:
     for _ in range(1 + REPEATS):
-      pair = [seconds_of_second(each.epoch) for each in (first, second)]
-      seconds.append(pair[1])
-      ratios.append(pair[1] / pair[0])
+      beside, streaming_s = (
+        median_seconds(each.epoch, repeats=1) for each in (first, second)
+      )
+      seconds.append(streaming_s)
+      ratios.append(streaming_s / beside)
     run = second.run
   items = np.arange(run.sizes.num_items, dtype=np.int32)
   batches = items[: len(items) // 256 * 256].reshape(-1, 256)
