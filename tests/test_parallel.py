@@ -1,6 +1,9 @@
 """One device, several, and both engines: the same numbers."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 from jax import lax
@@ -113,3 +116,21 @@ def test_make_engine_takes_all_devices():
 def test_impossible_engines_are_explained(changes, told):
   with pytest.raises(errors.InputError, match=told):
     parallel.make_engine(toy.get_config(**changes))
+
+
+def test_sums_are_not_left_to_ynn_unless_the_user_says_so():
+  program = (
+    "import mmm_jax, jax, jax.numpy as jnp\n"
+    "total = jax.jit(lambda x: jnp.sum(x * x, 1)).lower(jnp.ones((512, 256)))\n"
+    "print(total.compile().as_text())"
+  )
+
+  def compiled(flags):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return subprocess.check_output(
+      [sys.executable, "-c", program], env=environment, text=True
+    )
+
+  flag = "--xla_cpu_experimental_ynn_fusion_type"
+  assert "ynn_fusion" not in compiled("--xla_cpu_multi_thread_eigen=true")
+  assert "ynn_fusion" in compiled(f"{flag}=LIBRARY_FUSION_TYPE_REDUCE")
