@@ -1,16 +1,25 @@
 """Recommends short videos from all that is known about them, in JAX.
 
-XLA may leave sums and products on CPUs to YNN, a library that adds in an order
-of its own for each kind of processor: a run would take another course on
-another machine. It is turned off here, before JAX compiles anything; the
-programs are as fast without it. Processes started from here inherit it. All
-releases of JAX that pyproject.toml admits know the flag.
+A run is to take the same course on every CPU. So XLA is told, before JAX
+compiles anything, to use no more instructions than all CPUs have, to compute
+reciprocal roots instead of taking a processor's estimate, and to leave no sums
+to YNN, a library with an order of its own for each kind of processor. Long sums
+of products are the matter of `products`. Processes that are started from here
+inherit the flags, which all releases of JAX that pyproject.toml admits know.
 """
 
 import os
+import platform
 
-_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=".strip()
-  )
+_ALIKE = {
+  "--xla_cpu_experimental_ynn_fusion_type": "",
+  "--xla_cpu_enable_platform_dependent_math": "false",
+}
+if platform.machine() in ("x86_64", "AMD64"):
+  _ALIKE["--xla_cpu_max_isa"] = "AVX2"
+
+_given = os.environ.get("XLA_FLAGS", "")
+_added = [
+  f"{name}={value}" for name, value in _ALIKE.items() if name not in _given
+]
+os.environ["XLA_FLAGS"] = " ".join([_given, *_added]).strip()

@@ -118,10 +118,11 @@ def test_impossible_engines_are_explained(changes, told):
     parallel.make_engine(toy.get_config(**changes))
 
 
-def test_sums_are_not_left_to_ynn_unless_the_user_says_so():
+def test_programs_are_compiled_alike_for_every_cpu_unless_the_user_says_so():
   program = (
-    "import mmm_jax, jax, jax.numpy as jnp\n"
+    "import mmm_jax, os, jax, jax.numpy as jnp\n"
     "total = jax.jit(lambda x: jnp.sum(x * x, 1)).lower(jnp.ones((512, 256)))\n"
+    "print(os.environ['XLA_FLAGS'])\n"
     "print(total.compile().as_text())"
   )
 
@@ -131,6 +132,8 @@ def test_sums_are_not_left_to_ynn_unless_the_user_says_so():
       [sys.executable, "-c", program], env=environment, text=True
     )
 
-  flag = "--xla_cpu_experimental_ynn_fusion_type"
-  assert "ynn_fusion" not in compiled("--xla_cpu_multi_thread_eigen=true")
-  assert "ynn_fusion" in compiled(f"{flag}=LIBRARY_FUSION_TYPE_REDUCE")
+  own = "--xla_cpu_multi_thread_eigen=true"
+  flag = "--xla_cpu_experimental_ynn_fusion_type="
+  assert compiled(own).startswith(f"{own} {flag} --xla_cpu_")
+  assert "__ynn_fusion" not in compiled(own)
+  assert "__ynn_fusion" in compiled(f"{flag}LIBRARY_FUSION_TYPE_REDUCE")

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmm_jax import products
+
 
 class TextCNN(nn.Module):
   """Convolution over words, maximum over time, dense layer (Eq. 1-5)."""
@@ -27,10 +29,12 @@ class TextCNN(nn.Module):
     windows, kernel, bias = (
       x.astype(self.dtype) for x in (self._windows(words), kernel, bias)
     )
-    features = windows @ kernel + bias
+    features = products.matmul(windows, kernel) + bias
     # A window may run past the end of a text, but must start inside it.
     pooled = nn.relu(max_over_time(features, mask))
-    dense = nn.Dense(self.dim, dtype=self.dtype, name="dense")
+    dense = nn.Dense(
+      self.dim, dtype=self.dtype, dot_general=products.dense, name="dense"
+    )
     return nn.relu(dense(pooled)).astype(jnp.float32)
 
   def _filters(self, size):
@@ -95,7 +99,7 @@ class DenseEncoder(nn.Module):
   @nn.compact
   def __call__(self, vectors: jax.Array) -> jax.Array:
     """[..., F] of any float type -> [..., d] float32."""
-    dense = nn.Dense(self.dim, dtype=self.dtype)
+    dense = nn.Dense(self.dim, dtype=self.dtype, dot_general=products.dense)
     return nn.relu(dense(vectors.astype(self.dtype))).astype(jnp.float32)
 
 
@@ -105,11 +109,8 @@ def dot(left: jax.Array, right: jax.Array) -> jax.Array:
 
 def all_pairs(left: jax.Array, right: jax.Array, dtype: str) -> jax.Array:
   """[B, d], [n, d] -> [B, n] float32 products of numbers in `dtype`."""
-  return jnp.matmul(
-    left.astype(dtype),
-    right.astype(dtype).T,
-    preferred_element_type=jnp.float32,
-  )
+  left, right = left.astype(dtype), right.astype(dtype)
+  return products.matmul(left, right.T, dtype=jnp.float32)
 
 
 def normalise(vectors: jax.Array) -> jax.Array:
