@@ -1,12 +1,11 @@
 """Recommends short videos from all that is known about them, in JAX.
 
-A run is to take the same course on every CPU. So, before JAX compiles anything,
-XLA is told to use no more instructions than all CPUs have (and so is oneDNN,
-which it takes products from), to compute reciprocal roots instead of taking a
-processor's estimate, and to leave no sums to YNN, a library with an order of
-its own for each kind of processor. Long sums of products are the matter of
-`products`. Processes that are started from here inherit these settings; all
-releases of JAX that pyproject.toml admits know the flags.
+A run is to take the same course on every CPU as far as that costs no time. So
+XLA is told, before JAX compiles anything, to use no more instructions than all
+CPUs have, to compute reciprocal roots instead of taking a processor's estimate,
+and to leave no sums to YNN, a library with an order of its own for each kind of
+processor. Processes that are started from here inherit the flags; all releases
+of JAX that pyproject.toml admits know them.
 """
 
 import os
@@ -18,7 +17,6 @@ _ALIKE = {
 }
 if platform.machine() in ("x86_64", "AMD64"):
   _ALIKE["--xla_cpu_max_isa"] = "AVX2"
-  os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 _given = os.environ.get("XLA_FLAGS", "")
 _added = [

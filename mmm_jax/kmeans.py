@@ -18,9 +18,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mmm_jax import errors, products
-
-_EXACT = lax.Precision.HIGHEST  # on any device
+from mmm_jax import errors
 
 
 class Clustering(NamedTuple):
@@ -187,7 +185,9 @@ def _nearest(blocks: jax.Array, centroids: jax.Array) -> jax.Array:
   half_square = jnp.sum(jnp.square(centered), axis=-1) / 2
 
   def nearest_in_block(block):
-    product = products.matmul(block - shift, centered.T, _EXACT)
+    product = jnp.matmul(
+      block - shift, centered.T, precision=lax.Precision.HIGHEST
+    )
     return jnp.argmin(half_square - product, axis=-1).astype(jnp.int32)
 
   return lax.map(nearest_in_block, blocks)
@@ -236,7 +236,9 @@ def _means(
   def add_block(total, inputs):
     points, members = inputs
     one_hot = jax.nn.one_hot(members, len(sizes), axis=0)
-    return total + products.matmul(one_hot, points, _EXACT), None
+    return total + jnp.matmul(
+      one_hot, points, precision=lax.Precision.HIGHEST
+    ), None
 
   total = jnp.zeros((len(sizes), blocks.shape[2]), jnp.float32)
   total, _ = lax.scan(

@@ -66,7 +66,7 @@ LAYERS = (
   " datasets.hetrec_lastfm datasets.tiktok",
   "parallel tables sampling",
   "losses metrics kmeans significance models.layers files",
-  "products errors",
+  "errors",
 )
 LEVEL = {
   f"mmm_jax.{name}": -number

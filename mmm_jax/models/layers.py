@@ -10,8 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmm_jax import products
-
 
 class TextCNN(nn.Module):
   """Convolution over words, maximum over time, dense layer (Eq. 1-5)."""
@@ -29,12 +27,10 @@ class TextCNN(nn.Module):
     windows, kernel, bias = (
       x.astype(self.dtype) for x in (self._windows(words), kernel, bias)
     )
-    features = products.matmul(windows, kernel) + bias
+    features = windows @ kernel + bias
     # A window may run past the end of a text, but must start inside it.
     pooled = nn.relu(max_over_time(features, mask))
-    dense = nn.Dense(
-      self.dim, dtype=self.dtype, dot_general=products.dense, name="dense"
-    )
+    dense = nn.Dense(self.dim, dtype=self.dtype, name="dense")
     return nn.relu(dense(pooled)).astype(jnp.float32)
 
   def _filters(self, size):
@@ -99,7 +95,7 @@ class DenseEncoder(nn.Module):
   @nn.compact
   def __call__(self, vectors: jax.Array) -> jax.Array:
     """[..., F] of any float type -> [..., d] float32."""
-    dense = nn.Dense(self.dim, dtype=self.dtype, dot_general=products.dense)
+    dense = nn.Dense(self.dim, dtype=self.dtype)
     return nn.relu(dense(vectors.astype(self.dtype))).astype(jnp.float32)
 
 
@@ -109,8 +105,11 @@ def dot(left: jax.Array, right: jax.Array) -> jax.Array:
 
 def all_pairs(left: jax.Array, right: jax.Array, dtype: str) -> jax.Array:
   """[B, d], [n, d] -> [B, n] float32 products of numbers in `dtype`."""
-  left, right = left.astype(dtype), right.astype(dtype)
-  return products.matmul(left, right.T, dtype=jnp.float32)
+  return jnp.matmul(
+    left.astype(dtype),
+    right.astype(dtype).T,
+    preferred_element_type=jnp.float32,
+  )
 
 
 def normalise(vectors: jax.Array) -> jax.Array:

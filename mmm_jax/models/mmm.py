@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmm_jax import errors, losses, products, sampling
+from mmm_jax import errors, losses, sampling
 from mmm_jax.models import layers
 
 _EXACT = jax.lax.Precision.HIGHEST  # of what enters a score, on any device
@@ -259,7 +259,7 @@ class MMM(nn.Module):
     # As a product with one-hot rows, the gradient is a product too; a scatter
     # into C rows would be serial.
     one_hot = jax.nn.one_hot(category, self.num_categories)
-    return products.matmul(one_hot, vectors, _EXACT)
+    return jnp.matmul(one_hot, vectors, precision=_EXACT)
 
   def _content(self, rows, batch):
     """-ln sigma(v_j M x_j) of every source that item j has (Eq. 7)."""
@@ -270,7 +270,7 @@ class MMM(nn.Module):
     real = batch["stream_item"] != sampling.PAD
     for name, content in self._encode(rows, batch).items():
       present = real & batch["present"][name]
-      projected = products.matmul(content, self.maps[name].T)
+      projected = content @ self.maps[name].T
       logits = layers.dot(item, projected)
       # Mismatched pairs stay inside a data shard, so that they do not depend
       # on the number of devices; their texts are about as long.
@@ -450,7 +450,7 @@ class MMM(nn.Module):
 
   def score(self, user: jax.Array, item: jax.Array) -> jax.Array:
     """[B, d] from `users`, [T, d] from `items` -> [B, T] logits."""
-    return products.matmul(user, item.T, _EXACT) * self._scale
+    return jnp.matmul(user, item.T, precision=_EXACT) * self._scale
 
   def score_pairs(self, user: jax.Array, item: jax.Array) -> jax.Array:
     """The score of each user with the item of the same row, [B, d] twice."""
