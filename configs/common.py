@@ -81,7 +81,7 @@ def base() -> ml_collections.ConfigDict:
   c.checkpoint.keep = 2
 
   c.log = ml_collections.ConfigDict()
-  # Also the length of a dispatch, for which examples are drawn ahead.
+  # At most; also the steps of a dispatch, for which examples are drawn ahead.
   c.log.every_steps = 25
   c.log.tensorboard = True
   c.log.gradients = False  # of every term on the tables, at each validation
@@ -97,6 +97,7 @@ def base() -> ml_collections.ConfigDict:
   c.parallel.devices = 0  # 0: all
   c.parallel.platform = ""  # that they must be of: cpu, gpu or tpu; "": any
   c.parallel.timeout_s = 100  # for other processes to come, and to be silent
+  c.parallel.kernels = True  # in C++, on CPUs with a compiler
   c.parallel.wait_s = 1800  # for what needs others, who may hang
   return c
 

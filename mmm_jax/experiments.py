@@ -308,6 +308,8 @@ def _train(cell, config, workdir):
     "dataset.name": cell.dataset,
     "dataset.manual_dir": config.dataset.manual_dir,
     "seed": cell.seed,
+    # So that a record does not depend on whether there is a compiler.
+    "parallel.kernels": False,
     **cell.changes,
   }
   code, asked = _call(

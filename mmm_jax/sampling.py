@@ -17,6 +17,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from mmm_jax import kernels
+
 # An id that points nowhere: gathers of it give zeros, scatters drop it.
 PAD = np.iinfo(np.int32).max
 
@@ -80,6 +82,7 @@ def epoch_order(
   steps: int,
   width: int,
   packed: bool,
+  in_cpp: bool = False,
 ) -> jax.Array:
   """Places of a stream in the order in which an epoch visits them.
 
@@ -94,6 +97,7 @@ def epoch_order(
     width: places that a step takes from a shard.
     packed: fill steps to the brim and leave the last one short (the
       interactions), or spread the places evenly over all steps.
+    in_cpp: whether `kernels` are loaded, and to be used.
 
   Returns:
     [S, steps, W] int32 places; -1 where a step has none left. Every place
@@ -107,7 +111,7 @@ def epoch_order(
     bits = jax.random.bits(jax.random.fold_in(key, number), (places,))
     # 31 bits, so that the empty places can sort behind all real ones.
     bits = jnp.where(jnp.arange(places) < count, bits >> 1, jnp.uint32(PAD) + 1)
-    order = stable_order(bits)
+    order = (kernels.stable_order if in_cpp else stable_order)(bits)
     step = jnp.arange(steps)
     if packed:
       taken = jnp.clip(count - step * width, 0, width)
@@ -186,18 +190,18 @@ def unseen_item(
     max_seen: length of the longest list.
   """
   start = seen.indptr[user]
-  bounds = jnp.zeros_like(rank), seen.indptr[user + 1] - start
+  size = seen.indptr[user + 1] - start
+  rounds = int(max_seen).bit_length()
 
-  def halve(_, bounds):
-    low, high = bounds
-    middle = (low + high) >> 1
-    item = seen.indices.at[start + middle].get(mode="clip")
-    below = (middle < high) & (item - middle <= rank)
-    return jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
+  def grow(number, below):
+    more = below + (1 << (rounds - 1 - number))
+    item = seen.indices.at[start + more - 1].get(mode="clip")
+    fits = (more <= size) & (item - (more - 1) <= rank)
+    return jnp.where(fits, more, below)
 
   # A loop of the device: unrolled, XLA works out each round from the first on.
-  low, _ = lax.fori_loop(0, int(max_seen).bit_length(), halve, bounds)
-  return rank + low
+  below = lax.fori_loop(0, rounds, grow, jnp.zeros_like(rank))
+  return rank + below
 
 
 def negatives(

@@ -283,7 +283,9 @@ def _adjacency(indptr, indices) -> sampling.Adjacency:
   return sampling.Adjacency(indptr.astype(np.int32), indices)
 
 
-def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes) -> Plan:
+def plan(
+  shards: Shards, epoch: jax.Array, *, sizes: Sizes, in_cpp: bool = False
+) -> Plan:
   """Order of this device's shards in an epoch."""
 
   def order(stream, name, width, packed):
@@ -297,6 +299,7 @@ def plan(shards: Shards, epoch: jax.Array, *, sizes: Sizes) -> Plan:
       steps=sizes.steps,
       width=width,
       packed=packed,
+      in_cpp=in_cpp,
     )
 
   def items(number):

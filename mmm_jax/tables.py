@@ -2,13 +2,15 @@
 
 A step gathers the rows that it touches, differentiates with respect to those
 rows, and writes back only them. The optimisers are the lazy forms of the usual
-ones: a row that a step does not touch keeps its moments.
+ones: a row that a step does not touch keeps its moments. With Adam on
+a CPU, `kernels` read and update rows where they are loaded.
 
 Shapes: R rows of a table, d their width, n rows touched by a step (with
 repeats).
 """
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import flax
@@ -16,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmm_jax import sampling
+from mmm_jax import kernels, sampling
 
 
 @flax.struct.dataclass
@@ -29,6 +31,7 @@ class Table:
 
   packed: jax.Array  # [R, (1 + moments) * d]
   width: int = flax.struct.field(pytree_node=False)  # d
+  by_kernel: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def rows(self) -> jax.Array:
@@ -36,17 +39,32 @@ class Table:
 
 
 class Optimizer(NamedTuple):
-  """`step(rows, moments, grads, rate, count) -> rows, moments`, row by row."""
+  """`step(rows, moments, grads, rate, count) -> rows, moments`, row by row.
+
+  `kernel(packed, slot, ids, grads, rate, count) -> packed, slot` does all of
+  `update_rows`, where there is one.
+  """
 
   num_moments: int
   step: Callable
+  kernel: Callable | None = None
 
 
 NAMES = ("adam", "adagrad", "sgd")
 
 
-def optimizer(name: str, *, b1: float, b2: float, eps: float) -> Optimizer:
-  """The row-wise optimiser called `name`, one of NAMES."""
+def optimizer(
+  name: str, *, b1: float, b2: float, eps: float, in_cpp: bool = False
+) -> Optimizer:
+  """The row-wise optimiser called `name`, one of NAMES.
+
+  Args:
+    name: "adam", "adagrad" or "sgd".
+    b1: Adam's decay of the mean.
+    b2: Adam's decay of the mean square.
+    eps: added to the root that divides, Adam's or Adagrad's.
+    in_cpp: whether `kernels` are loaded, and to be used.
+  """
 
   def adam(rows, moments, grads, rate, count):
     mean = b1 * moments[0] + (1 - b1) * grads
@@ -63,8 +81,9 @@ def optimizer(name: str, *, b1: float, b2: float, eps: float) -> Optimizer:
   def sgd(rows, moments, grads, rate, count):
     return rows - rate * grads, ()
 
+  kernel = functools.partial(kernels.adam, b1=b1, b2=b2, eps=eps)
   known = {
-    "adam": Optimizer(2, adam),
+    "adam": Optimizer(2, adam, kernel if in_cpp else None),
     "adagrad": Optimizer(1, adagrad),
     "sgd": Optimizer(0, sgd),
   }
@@ -74,11 +93,15 @@ def optimizer(name: str, *, b1: float, b2: float, eps: float) -> Optimizer:
 def create(rows: jax.Array, rule: Optimizer) -> Table:
   """A table that starts with `rows` [R, d] and zero moments."""
   zeros = [jnp.zeros_like(rows)] * rule.num_moments
-  return Table(jnp.concatenate([rows, *zeros], axis=1), rows.shape[1])
+  packed = jnp.concatenate([rows, *zeros], axis=1)
+  return Table(packed, rows.shape[1], by_kernel=rule.kernel is not None)
 
 
 class Touched(NamedTuple):
-  """What a step reads of a table: once, for the loss and for the update."""
+  """What a step reads of a table: once, for the loss and for the update.
+
+  A kernel comes back for the moments, so that only rows are read: [n, d].
+  """
 
   ids: jax.Array  # [n], PAD for none
   packed: jax.Array  # [n, (1 + moments) * d], zeros where an id is PAD
@@ -86,6 +109,8 @@ class Touched(NamedTuple):
 
 def touch(table: Table, ids: jax.Array) -> Touched:
   """Reads the packed rows of ids [n]."""
+  if table.by_kernel:
+    return Touched(ids, kernels.read(table.packed, ids, table.width))
   return Touched(ids, table.packed.at[ids].get(mode="fill", fill_value=0))
 
 
@@ -136,6 +161,11 @@ def update_rows(
   Returns:
     The table and the scratch.
   """
+  if rule.kernel:
+    packed, slot = rule.kernel(
+      table.packed, slot, touched.ids, grads, rate, count
+    )
+    return table.replace(packed=packed), slot
   ids, grads, slot = sum_repeats(slot, touched.ids, grads)
   new = _stepped(touched.packed, grads, table.width, rule, rate, count)
   return table.replace(packed=table.packed.at[ids].set(new, mode="drop")), slot

@@ -21,6 +21,7 @@ from mmm_jax import (
   clustering,
   command,
   input_pipeline,
+  kernels,
   logs,
   manifest,
   parallel,
@@ -113,7 +114,9 @@ class Trainer:
     run, engine = self.run, self.engine
     part = parallel.SHARDED
     self._plan = engine.map(
-      functools.partial(streams.plan, sizes=run.sizes),
+      functools.partial(
+        streams.plan, sizes=run.sizes, in_cpp=kernels.load(self.config)
+      ),
       (part, parallel.HOST),
       part,
     )

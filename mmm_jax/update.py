@@ -3,6 +3,8 @@
 Shapes: S data shards of this device, T steps of a chunk.
 """
 
+import math
+
 import flax
 import jax
 from jax import lax
@@ -10,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mmm_jax import input_pipeline, losses, parallel, sampling, streams, tables
+from mmm_jax import (
+  input_pipeline,
+  kernels,
+  losses,
+  parallel,
+  sampling,
+  streams,
+  tables,
+)
 
 
 @flax.struct.dataclass
@@ -63,7 +73,11 @@ def dense_optimizer(config) -> optax.GradientTransformation:
 def row_rule(config) -> tables.Optimizer:
   adam = config.optimizer
   return tables.optimizer(
-    config.tables.optimizer, b1=adam.b1, b2=adam.b2, eps=adam.eps
+    config.tables.optimizer,
+    b1=adam.b1,
+    b2=adam.b2,
+    eps=adam.eps,
+    in_cpp=kernels.load(config),
   )
 
 
@@ -367,8 +381,12 @@ def _examples(step, config, sizes, shards, shared, plan, content):
 
 
 def chunk_steps(config, sizes) -> int:
-  """Steps of a dispatch; the last one of an epoch may have fewer."""
-  return min(config.log.every_steps, sizes.steps)
+  """Steps of a dispatch, at most `log.every_steps`; the last may have fewer.
+
+  As equal as they can be: for a short one, too, this many are drawn ahead.
+  """
+  dispatches = math.ceil(sizes.steps / config.log.every_steps)
+  return math.ceil(sizes.steps / dispatches)
 
 
 def average(watched: dict[str, tuple]) -> dict[str, float | None]:

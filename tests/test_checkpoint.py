@@ -234,11 +234,13 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
   stopped = start(tmp_path / "stopped")
   progress = logs.Progress(1, done=0, primary=False)
   stopped.stop_asked = True
-  with pytest.raises(command.Stopped, match="step 4;"):  # after a chunk
+  chunk = update.chunk_steps(stopped.config, stopped.sizes)
+  assert 1 < chunk < stopped.sizes.steps
+  with pytest.raises(command.Stopped, match=f"step {chunk};"):
     stopped.train_epoch(progress)
   stopped.close()
   resumed = start(tmp_path / "stopped")
-  assert resumed.step == 4
+  assert resumed.step == chunk
   assert resumed.manifest.values["redone_steps"] == 0
   assert_bits(finish(resumed), expected)
 

@@ -38,6 +38,7 @@ def train_chunk(dtype, devices=1):
     "best", interaction_loss="softmax", compute_dtype=dtype
   )
   config.remedies.history_in_user = 0.5
+  config.parallel.kernels = False  # they are of the machine at hand
   run = toy.make_run(config, toy.random_data(40, 60))
   engine = toy.make_engine(devices)
   chunk = update.make_train_chunk(

@@ -65,6 +65,7 @@ LAYERS = (
   " datasets.rawfiles datasets.crowds datasets.simulated datasets.microlens"
   " datasets.hetrec_lastfm datasets.tiktok",
   "parallel tables sampling",
+  "kernels",
   "losses metrics kmeans significance models.layers files",
   "errors",
 )

@@ -1,5 +1,6 @@
 """The step and its chunks: schedule, golden values, failure, learning."""
 
+import math
 import types
 
 from hypothesis import given
@@ -183,8 +184,10 @@ def test_chunks_cover_the_rest_of_an_epoch(steps, every_steps, data):
   ahead = lambda at: train.Trainer._chunks_ahead(trainer, at)
   whole = ahead(0)
   assert sum(whole) == steps
-  assert set(whole[:-1]) <= {min(every_steps, steps)}
-  assert 1 <= whole[-1] <= every_steps
+  length = update.chunk_steps(trainer.config, trainer.sizes)
+  assert set(whole[:-1]) <= {length}
+  assert 1 <= whole[-1] <= length <= every_steps
+  assert len(whole) == math.ceil(steps / every_steps)  # no more than needed
   # Resumed after any chunk, the same chunks follow.
   done = data.draw(st.integers(0, len(whole)))
   assert ahead(sum(whole[:done])) == whole[done:]

@@ -181,7 +181,8 @@ def epoch_steps(config, size: int) -> int:
 
 def dispatch_steps(config, size: int) -> int:
   """T, as `update.chunk_steps`."""
-  return min(config.log.every_steps, epoch_steps(config, size))
+  steps = epoch_steps(config, size)
+  return math.ceil(steps / math.ceil(steps / config.log.every_steps))
 
 
 def stream_width(config, size: int) -> int:

@@ -1,0 +1,252 @@
+// What XLA's operations do slowly on CPUs: reading and updating a few rows of a
+// large table, of which each operation passes over all that the one before has
+// written, and sorting.
+//
+// Sums are in the order of the ids whatever the number of threads, and compiled
+// with -ffp-contract=off every compiler and processor gives the same bits.
+//
+// Shapes: R rows of a table, d their width, n rows touched (with repeats). A
+// row holds its values and Adam's two moments side by side: [R, 3 * d]. An id
+// outside [0, R) is padding.
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+// A second version of a function, for the processors that can.
+#if defined(__x86_64__) && defined(__linux__)
+#define MMM_JAX_ALSO_AVX2 __attribute__((target_clones("avx2", "default")))
+#else
+#define MMM_JAX_ALSO_AVX2
+#endif
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
+
+constexpr int64_t kPart = 256;  // touched rows that a thread takes at a time
+constexpr int64_t kAhead = 8;   // and how far ahead of them memory is asked
+constexpr int64_t kLine = 16;   // floats in a line of the cache
+constexpr int32_t kNone = -1;
+
+bool IsRow(int32_t id, int64_t num_rows) { return id >= 0 && id < num_rows; }
+
+void Prefetch(const float* from, int64_t size) {
+  for (int64_t k = 0; k < size; k += kLine) __builtin_prefetch(from + k, 1);
+}
+
+// Runs work(begin, end) for parts of [0, size) on XLA's threads. This one
+// works, too, and waits only for parts that another has begun; so it ends even
+// where all threads are here. A thread that comes late finds no part left and
+// touches nothing that `work` refers to.
+template <typename Work>
+void InParts(ffi::ThreadPool pool, int64_t size, int64_t part_size,
+             Work work) {
+  struct Progress {
+    std::atomic<int64_t> begun{0}, done{0};
+  };
+  const int64_t parts = (size + part_size - 1) / part_size;
+  auto progress = std::make_shared<Progress>();
+  auto take_parts = [=] {
+    for (int64_t part; (part = progress->begun.fetch_add(1)) < parts;) {
+      work(part * part_size, std::min((part + 1) * part_size, size));
+      progress->done.fetch_add(1);
+    }
+  };
+  for (int64_t i = 1; i < std::min(parts, pool.num_threads()); ++i) {
+    pool.Schedule(std::decay_t<decltype(take_parts)>(take_parts));
+  }
+  take_parts();
+  while (progress->done.load() < parts) std::this_thread::yield();
+}
+
+// The first d numbers of rows `ids` as [n, d], zeros for padding.
+ffi::Error Read(ffi::ThreadPool pool, Floats table, Ints ids,
+                ffi::Result<Floats> rows) {
+  const int64_t num_rows = table.dimensions()[0];
+  const int64_t stride = table.dimensions()[1];
+  const int64_t n = ids.dimensions()[0], d = rows->dimensions()[1];
+  const float* const from = table.typed_data();
+  const int32_t* const id = ids.typed_data();
+  float* const to = rows->typed_data();
+  InParts(pool, n, kPart, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t ahead = i + kAhead;
+      if (ahead < end && IsRow(id[ahead], num_rows)) {
+        Prefetch(from + id[ahead] * stride, d);
+      }
+      if (IsRow(id[i], num_rows)) {
+        std::copy_n(from + id[i] * stride, d, to + i * d);
+      } else {
+        std::fill_n(to + i * d, d, 0.0f);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// What a step of Adam needs besides gradients; `tables.optimizer` has the rule.
+struct AdamStep {
+  float b1, b2;            // decay of the moments
+  float fresh1, fresh2;    // 1 - b1, 1 - b2
+  float unbias1, unbias2;  // 1 / (1 - b1^t), 1 / (1 - b2^t)
+  float rate, eps;
+};
+
+MMM_JAX_ALSO_AVX2
+void TakeStep(const AdamStep& step, float* __restrict row,
+              const float* __restrict grad, int64_t d) {
+  const AdamStep s = step;
+  float* __restrict mean = row + d;
+  float* __restrict square = row + 2 * d;
+  for (int64_t k = 0; k < d; ++k) {
+    const float g = grad[k];
+    mean[k] = s.b1 * mean[k] + s.fresh1 * g;
+    square[k] = s.b2 * square[k] + s.fresh2 * (g * g);
+    const float scale = std::sqrt(square[k] * s.unbias2) + s.eps;
+    row[k] -= s.rate * (mean[k] * s.unbias1) / scale;
+  }
+}
+
+// Links the places of each row in `id`: slot[row] is the first of them, next[i]
+// the one behind i, or kNone. `slot` may come with any content: before a row's
+// last place is passed, none that is behind it can be one of the row's.
+std::vector<int32_t> Link(const int32_t* id, int64_t n, int64_t num_rows,
+                          int32_t* slot) {
+  std::vector<int32_t> next(n, kNone);
+  for (int64_t i = n - 1; i >= 0; --i) {
+    if (!IsRow(id[i], num_rows)) continue;
+    const int32_t found = slot[id[i]];
+    if (found > i && found < n && id[found] == id[i]) next[i] = found;
+    slot[id[i]] = static_cast<int32_t>(i);
+  }
+  return next;
+}
+
+// The sum of the gradients at place i and at those behind it.
+const float* SumRepeats(const float* grads, int64_t d, const int32_t* next,
+                        int64_t i, std::vector<float>& sum) {
+  const float* const own = grads + i * d;
+  if (next[i] == kNone) return own;
+  sum.assign(own, own + d);
+  while ((i = next[i]) != kNone) {
+    for (int64_t k = 0; k < d; ++k) sum[k] += grads[i * d + k];
+  }
+  return sum.data();
+}
+
+// One step of Adam for each of the rows `ids`, with the sum of its gradients.
+ffi::Error Adam(ffi::ThreadPool pool, Floats table, Ints slot, Ints ids,
+                Floats grads, Floats rate, Floats unbias1, Floats unbias2,
+                ffi::Result<Floats> new_table, ffi::Result<Ints> new_slot,
+                float b1, float b2, float fresh1, float fresh2, float eps) {
+  const int64_t num_rows = table.dimensions()[0];
+  const int64_t n = ids.dimensions()[0], d = grads.dimensions()[1];
+  const int64_t stride = 3 * d;
+  const AdamStep step{b1,
+                      b2,
+                      fresh1,
+                      fresh2,
+                      *unbias1.typed_data(),
+                      *unbias2.typed_data(),
+                      *rate.typed_data(),
+                      eps};
+  float* const rows = new_table->typed_data();
+  int32_t* const first = new_slot->typed_data();
+  // Results take the place of the arguments unless XLA needs both.
+  if (rows != table.typed_data()) {
+    std::copy_n(table.typed_data(), num_rows * stride, rows);
+  }
+  if (first != slot.typed_data()) {
+    std::copy_n(slot.typed_data(), num_rows, first);
+  }
+  const int32_t* const id = ids.typed_data();
+  const float* const grad = grads.typed_data();
+  const std::vector<int32_t> links = Link(id, n, num_rows, first);
+  const int32_t* const next = links.data();
+  InParts(pool, n, kPart, [=](int64_t begin, int64_t end) {
+    std::vector<float> sum;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t ahead = i + kAhead;
+      if (ahead < end && IsRow(id[ahead], num_rows)) {
+        Prefetch(rows + id[ahead] * stride, stride);
+      }
+      if (IsRow(id[i], num_rows) && first[id[i]] == i) {
+        const float* total = SumRepeats(grad, d, next, i, sum);
+        TakeStep(step, rows + id[i] * stride, total, d);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// Places of keys [..., P] in ascending order, equal keys as they stand: sorted
+// by one byte after the other, from the lowest.
+ffi::Error StableOrder(ffi::ThreadPool pool, ffi::Buffer<ffi::U32> keys,
+                       ffi::Result<Ints> order) {
+  const int64_t size = keys.dimensions().back();
+  const int64_t num = size ? keys.element_count() / size : 0;
+  const uint32_t* const all_keys = keys.typed_data();
+  int32_t* const all_places = order->typed_data();
+  InParts(pool, num, 1, [=](int64_t row, int64_t) {
+    const uint32_t* const key = all_keys + row * size;
+    int32_t* const out = all_places + row * size;
+    std::vector<int32_t> from(size), to(size);
+    std::iota(from.begin(), from.end(), 0);
+    for (int shift = 0; shift < 32; shift += 8) {
+      std::array<int64_t, 257> begin{};
+      for (int64_t i = 0; i < size; ++i) ++begin[(key[i] >> shift & 255) + 1];
+      std::partial_sum(begin.begin(), begin.end(), begin.begin());
+      for (const int32_t place : from) {
+        to[begin[key[place] >> shift & 255]++] = place;
+      }
+      from.swap(to);
+    }
+    std::copy(from.begin(), from.end(), out);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_stable_order, StableOrder,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Ret<Ints>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_read_rows, Read,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_adam_rows, Adam,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Ints>()
+                                  .Attr<float>("b1")
+                                  .Attr<float>("b2")
+                                  .Attr<float>("fresh1")
+                                  .Attr<float>("fresh2")
+                                  .Attr<float>("eps"));

@@ -1,0 +1,148 @@
+"""What XLA does slowly on CPUs, in C++: rows of tables, and sorting.
+
+What `tables` does in a dozen of XLA's operations, each a pass over all rows of
+the step, `kernels.cc` does in one, in a third of the time. It is compiled by
+the system's C++ compiler when it is first needed, and kept. Orders are those of
+XLA, rows but for the last bits, as XLA joins products and sums here and there.
+Without a compiler, XLA's operations do the work.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from mmm_jax import errors, files
+
+_SOURCE = pathlib.Path(__file__).with_suffix(".cc")
+_FLAGS = (
+  *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno"),
+  *("-shared", "-fPIC"),
+)
+_TARGETS = ("mmm_jax_read_rows", "mmm_jax_adam_rows", "mmm_jax_stable_order")
+_READ, _ADAM, _ORDER = _TARGETS
+
+_registered = []  # the library, once JAX knows it; a process has one
+_log = logging.getLogger(__name__)
+
+
+def load(config) -> bool:
+  """Whether a run is to use what is here, which then is loaded.
+
+  Compiles it (3 s) if `dataset.data_dir` does not hold it yet. Several
+  processes of a run must round alike, and some may lack a compiler: they do
+  without.
+  """
+  alone_on_cpu = jax.devices()[0].platform == "cpu" and jax.process_count() == 1
+  if not config.parallel.kernels or not alone_on_cpu:
+    return False
+  return bool(_registered) or _register(config.dataset.data_dir)
+
+
+@functools.cache
+def _register(data_dir: str) -> bool:
+  folder = pathlib.Path(data_dir).expanduser() / "compiled"
+  try:
+    library = ctypes.CDLL(str(_compiled(folder)))
+  except (OSError, errors.InputError, subprocess.SubprocessError) as error:
+    said = getattr(error, "stderr", None) or str(error)
+    _log.info(
+      "XLA updates the tables, which takes longer, as there is no C++ library:"
+      " %s",
+      said.strip().splitlines()[0],
+    )
+    return False
+  for target in _TARGETS:
+    handler = jax.ffi.pycapsule(getattr(library, target))
+    jax.ffi.register_ffi_target(target, handler, platform="cpu")
+  _registered.append(library)
+  return True
+
+
+def _compiled(folder: pathlib.Path) -> pathlib.Path:
+  """The library of this source, these flags and this XLA in `folder`."""
+  source = _SOURCE.read_bytes()
+  made_of = source + " ".join((*_FLAGS, jaxlib.__version__)).encode()
+  tag = hashlib.sha256(made_of).hexdigest()[:16]
+  path = folder / f"kernels-{tag}.so"
+  if path.exists():
+    return path
+  compiler = shutil.which("c++")
+  if not compiler:
+    raise FileNotFoundError("c++ is not on PATH")
+  with files.explained(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory() as temporary:
+    made = pathlib.Path(temporary, path.name)
+    command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}"]
+    subprocess.run(
+      [*command, str(_SOURCE), "-o", str(made)],
+      check=True,
+      capture_output=True,
+      text=True,
+    )
+    with files.atomic(path) as file:
+      file.write(made.read_bytes())
+  return path
+
+
+def read(packed: jax.Array, ids: jax.Array, width: int) -> jax.Array:
+  """The first `width` columns of rows: [R, w], [n] -> [n, width].
+
+  Zeros where an id is PAD.
+  """
+  rows = jax.ShapeDtypeStruct((ids.shape[0], width), packed.dtype)
+  return jax.ffi.ffi_call(_READ, rows)(packed, ids)
+
+
+def adam(packed, slot, ids, grads, rate, count, *, b1, b2, eps):
+  """A step of Adam for each of the rows `ids`, with the sum of its gradients.
+
+  Args:
+    packed: [R, 3 * d] rows and moments, whose memory the result takes.
+    slot: [R] int32 scratch; any content.
+    ids: [n], PAD for none.
+    grads: [n, d].
+    rate: learning rate.
+    count: this update's number, from 1.
+    b1: decay of the mean.
+    b2: decay of the mean square.
+    eps: Adam's.
+
+  Returns:
+    The packed table and the scratch.
+  """
+  step = jax.ffi.ffi_call(
+    _ADAM,
+    (
+      jax.ShapeDtypeStruct(packed.shape, packed.dtype),
+      jax.ShapeDtypeStruct(slot.shape, slot.dtype),
+    ),
+    input_output_aliases={0: 0, 1: 1},
+  )
+  unbias = lambda decay: 1 / jnp.float32(1 - decay**count)
+  return step(
+    *(packed, slot, ids, grads),
+    *(jnp.float32(rate), unbias(b1), unbias(b2)),
+    b1=np.float32(b1),
+    b2=np.float32(b2),
+    fresh1=np.float32(1 - b1),
+    fresh2=np.float32(1 - b2),
+    eps=np.float32(eps),
+  )
+
+
+def stable_order(keys: jax.Array) -> jax.Array:
+  """`sampling.stable_order`: [P] uint32 -> [P] int32."""
+  order = jax.ShapeDtypeStruct(keys.shape, jnp.int32)
+  call = jax.ffi.ffi_call(_ORDER, order, vmap_method="broadcast_all")
+  return call(keys)

@@ -1,0 +1,213 @@
+"""The C++ kernels: against NumPy bit by bit, and in a run."""
+
+import functools
+import os
+import subprocess
+import sys
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmm_jax import kernels, sampling, tables
+import toy
+
+PAD = sampling.PAD
+B1, B2, EPS, RATE = (np.float32(x) for x in (0.8, 0.9, 1e-3, 0.1))
+
+pytestmark = pytest.mark.skipif(
+  not kernels.load(toy.get_config()), reason="there is no C++ compiler"
+)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def adam(packed, slot, ids, grads, count):
+  return kernels.adam(
+    packed, slot, ids, grads, RATE, count, b1=0.8, b2=0.9, eps=1e-3
+  )
+
+
+def by_numpy(packed, ids, grads, count):
+  """Adam of one row after the other, each operation rounded to float32."""
+  new, one = packed.copy(), np.float32(1)
+  width = grads.shape[1]
+  unbias = [one / (one - b ** np.float32(count)) for b in (B1, B2)]
+  for row in set(ids.tolist()) - {PAD}:
+    total = functools.reduce(np.add, grads[ids == row])
+    old, mean, square = packed[row].reshape(3, width)
+    mean = B1 * mean + np.float32(1 - 0.8) * total
+    square = B2 * square + np.float32(1 - 0.9) * (total * total)
+    scale = np.sqrt(square * unbias[1]) + EPS
+    old = old - RATE * (mean * unbias[0]) / scale
+    new[row] = np.concatenate([old, mean, square])
+  return new
+
+
+def table_of(rng, rows, width):
+  packed = rng.standard_normal((rows, 3 * width)).astype(np.float32)
+  packed[:, 2 * width :] **= 2  # mean squares
+  return packed
+
+
+@given(
+  data=st.data(),
+  rows=st.sampled_from([1, 12]),
+  touched=st.sampled_from([1, 5, 700]),
+  width=st.sampled_from([1, 3, 16]),
+)
+@settings(max_examples=40, deadline=None)
+def test_adam_is_that_of_numpy_to_the_last_bit(data, rows, touched, width):
+  rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
+  packed = table_of(rng, rows, width)
+  ids = rng.integers(0, rows, touched).astype(np.int32)
+  ids[rng.random(touched) < 0.2] = PAD
+  grads = rng.standard_normal((touched, width)).astype(np.float32)
+  # The scratch may hold anything, places of this step among it.
+  slot = rng.integers(-3, touched + 3, rows).astype(np.int32)
+  count = 1  # 1 - B ** 1 has one rounding, by NumPy and by XLA alike
+  expected = by_numpy(packed, ids, grads, count)
+  new, _ = adam(
+    jnp.array(packed), jnp.array(slot), ids, grads, jnp.int32(count)
+  )
+  np.testing.assert_array_equal(new, expected)
+
+
+def test_many_rows_by_several_threads_are_those_of_numpy():
+  rng = np.random.default_rng(0)
+  rows, touched, width = 3000, 20_000, 24
+  packed = table_of(rng, rows, width)
+  ids = rng.integers(0, rows, touched).astype(np.int32)
+  grads = rng.standard_normal((touched, width)).astype(np.float32)
+  expected = by_numpy(packed, ids, grads, 1)
+  for _ in range(20):
+    new, _ = adam(
+      jnp.array(packed),
+      jnp.zeros(rows, jnp.int32),
+      ids,
+      grads,
+      jnp.int32(1),
+    )
+    np.testing.assert_array_equal(new, expected)
+
+
+def test_rows_are_read_and_padding_is_zero():
+  packed = np.arange(18, dtype=np.float32).reshape(3, 6)
+  ids = jnp.array([2, PAD, 0, 2], jnp.int32)
+  read = jax.jit(kernels.read, static_argnums=2)(packed, ids, 2)
+  expected = [[12, 13], [0, 0], [0, 1], [12, 13]]
+  np.testing.assert_array_equal(read, expected)
+
+
+def test_an_update_takes_the_place_of_its_table():
+  rows, touched, width = 5000, 8, 16
+  shapes = (
+    jax.ShapeDtypeStruct((rows, 3 * width), jnp.float32),
+    jax.ShapeDtypeStruct((rows,), jnp.int32),
+    jax.ShapeDtypeStruct((touched,), jnp.int32),
+    jax.ShapeDtypeStruct((touched, width), jnp.float32),
+    jax.ShapeDtypeStruct((), jnp.int32),
+  )
+  memory = adam.lower(*shapes).compile().memory_analysis()
+  table_bytes = rows * (3 * width + 1) * 4
+  assert memory.alias_size_in_bytes == table_bytes
+  assert memory.temp_size_in_bytes < table_bytes / 10
+
+
+@pytest.mark.parametrize("shape", [(1,), (700,), (3, 0), (5, 2**16 + 3)])
+def test_orders_are_those_of_a_stable_sort(shape):
+  keys = np.random.default_rng(0).integers(0, 2**32, shape, np.uint32)
+  keys.reshape(-1)[::3] &= 0xFF000003  # many are alike
+  order = kernels.stable_order
+  if len(shape) > 1:
+    order = jax.vmap(order)
+  expected = np.argsort(keys, axis=-1, kind="stable")
+  np.testing.assert_array_equal(jax.jit(order)(keys), expected)
+
+
+@pytest.mark.parametrize("variant", ["pmf", "full"])
+def test_a_run_with_kernels_is_one_without_but_for_rounding(variant):
+  states = []
+  for in_cpp in (True, False):
+    config = toy.get_config(variant, parallel__kernels=in_cpp)
+    session = toy.Session(toy.make_run(config, toy.random_data(40, 60)))
+    losses = session.train_epochs(2)["loss"]
+    assert all(
+      table.by_kernel == in_cpp for table in session.state.tables.values()
+    )
+    states.append((losses, session.state))
+  (losses, state), (other_losses, other) = states
+  np.testing.assert_allclose(losses, other_losses, rtol=1e-5)
+  for name, table in state.tables.items():
+    np.testing.assert_allclose(
+      table.packed, other.tables[name].packed, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["adagrad", "sgd"])
+def test_other_optimizers_are_xlas(name):
+  rule = tables.optimizer(name, b1=0.9, b2=0.9, eps=1e-3, in_cpp=True)
+  assert not tables.create(jnp.ones((2, 3)), rule).by_kernel
+
+
+# --- compiling ---------------------------------------------------------------
+
+LOADED = """
+from mmm_jax import kernels
+import toy
+print(kernels.load(toy.get_config(dataset__data_dir={!r})))
+"""
+LOGGED = (
+  "import logging; logging.basicConfig(level='INFO', format='%(message)s')"
+)
+
+
+def load_elsewhere(folder, path):
+  """What a process of its own says, whose programs are those of `path`."""
+  return subprocess.run(
+    [sys.executable, "-c", f"{LOGGED}\n{LOADED.format(str(folder))}"],
+    env={
+      **os.environ,
+      "PATH": str(path),
+      "PYTHONPATH": os.pathsep.join(sys.path),
+    },
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+
+
+def test_it_is_compiled_once(tmp_path):
+  assert load_elsewhere(tmp_path, os.environ["PATH"]).stdout == "True\n"
+  (kept,) = (tmp_path / "compiled").iterdir()
+  assert kept.name.startswith("kernels-")
+  # Now it needs no compiler.
+  assert load_elsewhere(tmp_path, tmp_path / "nothing").stdout == "True\n"
+
+
+def test_without_a_compiler_xla_does_it_and_says_so(tmp_path):
+  done = load_elsewhere(tmp_path, tmp_path / "nothing")
+  assert done.stdout == "False\n"
+  assert "XLA updates the tables" in done.stderr
+  assert "c++ is not on PATH" in done.stderr
+
+
+def test_a_compiler_that_fails_is_no_compiler(tmp_path):
+  broken = tmp_path / "c++"
+  broken.write_text("#!/bin/sh\necho 'no such option' >&2\nexit 1\n")
+  broken.chmod(0o755)
+  done = load_elsewhere(tmp_path, f"{tmp_path}:/bin:/usr/bin")
+  assert done.stdout == "False\n"
+  assert "no such option" in done.stderr
+  assert not list((tmp_path / "compiled").iterdir())
+
+
+def test_a_library_that_is_none_is_passed_over(tmp_path):
+  load_elsewhere(tmp_path, os.environ["PATH"])
+  (kept,) = (tmp_path / "compiled").iterdir()
+  kept.write_bytes(b"cut short")
+  done = load_elsewhere(tmp_path, os.environ["PATH"])
+  assert done.stdout == "False\n"
+  assert kept.name in done.stderr
