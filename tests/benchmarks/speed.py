@@ -4,7 +4,7 @@
         [--manual_dir=microlens=DIR] [--only=pmf,mmm]
     python tests/benchmarks/speed.py --table=tests/results/speed.json
 
-Medians of five after compilation (of `implicit`: the mean of 20 epochs), with
+Medians of five after compilation (of `implicit`: the mean of 200 epochs), with
 the values of configs/mmm.py but for what the text of a measurement names. Needs
 the extra `test`; no real data, except for the lists of MicroLens, which are
 left out without --manual_dir.
@@ -113,6 +113,7 @@ LINES = (
     "≥ 2.0",
   ),
   ("… over the pairs of `implicit`", "samples_of_implicit", "{:.2f}", "≥ 0.7"),
+  ("`pmf` by XLA alone, M samples/s", "pmf_samples_per_s_by_xla", "M", "–"),
   ("`pmf`, M pairs/s (negatives)", "pmf_pairs_per_s", "M", "–"),
   ("… over those of `implicit`", "pairs_of_implicit", "{:.2f}", "–"),
   (
@@ -262,7 +263,7 @@ def implicit_bpr(_):
   ends = []
   model = bpr.BayesianPersonalizedRanking(
     factors=64,
-    iterations=1 + 4 * REPEATS,
+    iterations=1 + 40 * REPEATS,
     num_threads=2,
     verify_negative_samples=True,
     random_state=0,
@@ -285,15 +286,22 @@ def implicit_bpr(_):
 def pmf(_):
   """B1: whole epochs with 5 negatives each, checked against the positives."""
   config = get_config("pmf")
-  with Training(config) as training:
-    seconds = median_seconds(training.epoch, warm=2)
-    positives = training.run.sizes.num_train
+  seconds, positives = _pmf_epoch(config)
+  by_xla, _ = _pmf_epoch(get_config("pmf", parallel__kernels=False))
   samples = positives * (1 + config.negatives.per_positive)
   return {
     "pmf_epoch_s": seconds,
     "pmf_samples_per_s": samples / seconds,
+    "pmf_samples_per_s_by_xla": samples / by_xla,
     "pmf_pairs_per_s": samples / seconds - positives / seconds,
   }
+
+
+def _pmf_epoch(config) -> tuple[float, int]:
+  """Seconds of an epoch, and its positives."""
+  with Training(config) as training:
+    seconds = median_seconds(training.epoch, warm=2)
+    return seconds, training.run.sizes.num_train
 
 
 def mmm(_):
