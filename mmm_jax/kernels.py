@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import pathlib
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +29,7 @@ _FLAGS = (
   *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno"),
   *("-shared", "-fPIC"),
 )
+_COMPILE_S = 120  # the longest that it may take
 _TARGETS = ("mmm_jax_read_rows", "mmm_jax_adam_rows", "mmm_jax_stable_order")
 _READ, _ADAM, _ORDER = _TARGETS
 
@@ -54,11 +56,11 @@ def _register(data_dir: str) -> bool:
   try:
     library = ctypes.CDLL(str(_compiled(folder)))
   except (OSError, errors.InputError, subprocess.SubprocessError) as error:
-    said = getattr(error, "stderr", None) or str(error)
+    said = (getattr(error, "stderr", None) or "").strip() or str(error)
     _log.info(
       "XLA updates the tables, which takes longer, as there is no C++ library:"
       " %s",
-      said.strip().splitlines()[0],
+      said.splitlines()[0],
     )
     return False
   for target in _TARGETS:
@@ -69,9 +71,13 @@ def _register(data_dir: str) -> bool:
 
 
 def _compiled(folder: pathlib.Path) -> pathlib.Path:
-  """The library of this source, these flags and this XLA in `folder`."""
-  source = _SOURCE.read_bytes()
-  made_of = source + " ".join((*_FLAGS, jaxlib.__version__)).encode()
+  """The library of this source, these flags and this XLA in `folder`.
+
+  Which machines of several kinds may share.
+  """
+  system = (platform.system(), platform.machine(), *platform.libc_ver())
+  made_with = (*_FLAGS, jaxlib.__version__, *system)
+  made_of = _SOURCE.read_bytes() + " ".join(made_with).encode()
   tag = hashlib.sha256(made_of).hexdigest()[:16]
   path = folder / f"kernels-{tag}.so"
   if path.exists():
@@ -89,6 +95,8 @@ def _compiled(folder: pathlib.Path) -> pathlib.Path:
       check=True,
       capture_output=True,
       text=True,
+      errors="replace",
+      timeout=_COMPILE_S,
     )
     with files.atomic(path) as file:
       file.write(made.read_bytes())

@@ -2,8 +2,8 @@
 
 A step gathers the rows that it touches, differentiates with respect to those
 rows, and writes back only them. The optimisers are the lazy forms of the usual
-ones: a row that a step does not touch keeps its moments. With Adam on
-a CPU, `kernels` read and update rows where they are loaded.
+ones: a row that a step does not touch keeps its moments. With Adam on a CPU,
+`kernels` read and update rows where they are loaded.
 
 Shapes: R rows of a table, d their width, n rows touched by a step (with
 repeats).
@@ -104,11 +104,11 @@ class Touched(NamedTuple):
   """
 
   ids: jax.Array  # [n], PAD for none
-  packed: jax.Array  # [n, (1 + moments) * d], zeros where an id is PAD
+  packed: jax.Array  # [n, (1 + moments) * d or d], zeros where an id is PAD
 
 
 def touch(table: Table, ids: jax.Array) -> Touched:
-  """Reads the packed rows of ids [n]."""
+  """Reads what a step needs of the rows of ids [n]."""
   if table.by_kernel:
     return Touched(ids, kernels.read(table.packed, ids, table.width))
   return Touched(ids, table.packed.at[ids].get(mode="fill", fill_value=0))

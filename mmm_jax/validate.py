@@ -13,8 +13,8 @@ import pkgutil
 from mmm_jax import errors, evaluate, losses, models, parallel, tables
 from mmm_jax.datasets import base, splits
 
-# Where a host has its files; and all that changes no result: that, when a run
-# says and saves how it stands, on which devices it is.
+# Where a host has its files; and all that changes no result but for rounding:
+# that, when a run says and saves how it stands, on which devices it is.
 PLACES = ("dataset.data_dir", "dataset.manual_dir", "split.path")
 NO_RESULT = (*PLACES, "checkpoint", "log", "parallel")
 

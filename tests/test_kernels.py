@@ -194,13 +194,17 @@ def test_without_a_compiler_xla_does_it_and_says_so(tmp_path):
   assert "c++ is not on PATH" in done.stderr
 
 
-def test_a_compiler_that_fails_is_no_compiler(tmp_path):
+@pytest.mark.parametrize(
+  ("says", "found"),
+  [("no such option", "no such option"), (r"\n", "c++"), (r"\377", "\ufffd")],
+)
+def test_a_compiler_that_fails_is_no_compiler(tmp_path, says, found):
   broken = tmp_path / "c++"
-  broken.write_text("#!/bin/sh\necho 'no such option' >&2\nexit 1\n")
+  broken.write_text(f"#!/bin/sh\nprintf '{says}' >&2\nexit 1\n")
   broken.chmod(0o755)
   done = load_elsewhere(tmp_path, f"{tmp_path}:/bin:/usr/bin")
   assert done.stdout == "False\n"
-  assert "no such option" in done.stderr
+  assert found in done.stderr
   assert not list((tmp_path / "compiled").iterdir())
 
 

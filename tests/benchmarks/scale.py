@@ -95,6 +95,7 @@ def settings(variant: str, devices: int):
     batch_size=PER_DEVICE * devices,
     data_shards=max(8, devices),
     parallel__devices=devices,
+    parallel__kernels=False,  # what XLA counts, on whatever device
   )
   if config.model.networks:
     config.model.networks = NETWORKS
