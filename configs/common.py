@@ -97,8 +97,8 @@ def base() -> ml_collections.ConfigDict:
   c.parallel.devices = 0  # 0: all
   c.parallel.platform = ""  # that they must be of: cpu, gpu or tpu; "": any
   c.parallel.timeout_s = 100  # for other processes to come, and to be silent
-  c.parallel.kernels = True  # in C++, on CPUs with a compiler
   c.parallel.wait_s = 1800  # for what needs others, who may hang
+  c.parallel.kernels = True  # in C++, on CPUs with a compiler
   return c
 
 

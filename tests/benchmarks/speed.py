@@ -432,9 +432,8 @@ class Dispatches:
   """A training's dispatches without what an epoch does between them."""
 
   def __init__(self, training):
-    self._trainer = training.trainer
-    plan = self._trainer._plan(self._trainer.shards, np.int32(0))
-    trainer = self._trainer
+    trainer = self._trainer = training.trainer
+    plan = trainer._plan(trainer.shards, np.int32(0))
     self._data = (trainer.shards, trainer.shared, plan, trainer.resident)
     self._steps = update.chunk_steps(trainer.config, trainer.sizes)
     self.steps_of_block = math.ceil(BLOCK_STEPS / self._steps) * self._steps
