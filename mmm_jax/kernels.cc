@@ -1,6 +1,6 @@
 // What XLA's operations do slowly on CPUs: reading and updating a few rows of a
 // large table, of which each operation passes over all that the one before has
-// written, and sorting.
+// written, and sorting, of which the search for the largest is a part.
 //
 // Sums are in the order of the ids whatever the number of threads, and compiled
 // with -ffp-contract=off every compiler and processor gives the same bits.
@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <numeric>
 #include <thread>
@@ -38,6 +39,8 @@ using Ints = ffi::Buffer<ffi::S32>;
 constexpr int64_t kPart = 256;  // touched rows that a thread takes at a time
 constexpr int64_t kAhead = 8;   // and how far ahead of them memory is asked
 constexpr int64_t kLine = 16;   // floats in a line of the cache
+constexpr int64_t kLists = 8;   // whose largest a thread finds at a time,
+constexpr int64_t kGroup = 32;  // and numbers that it compares as a group
 constexpr int32_t kNone = -1;
 
 bool IsRow(int32_t id, int64_t num_rows) { return id >= 0 && id < num_rows; }
@@ -218,7 +221,80 @@ ffi::Error StableOrder(ffi::ThreadPool pool, ffi::Buffer<ffi::U32> keys,
   return ffi::Error::Success();
 }
 
+struct Found {
+  float value;
+  int32_t at;
+};
+
+// The largest number of every group of a row, group g being `row[g]` and each
+// `groups`-th number from there on.
+MMM_JAX_ALSO_AVX2
+void LargestOfGroups(const float* __restrict row, int64_t groups, int64_t size,
+                     float* __restrict most) {
+  std::copy_n(row, groups, most);
+  for (int64_t i = 1; i < size; ++i) {
+    const float* __restrict next = row + i * groups;
+    for (int64_t g = 0; g < groups; ++g) {
+      most[g] = next[g] > most[g] ? next[g] : most[g];
+    }
+  }
+}
+
+// The k largest of row [n], the largest first. At least k numbers are as large
+// as the k-th largest among the groups' largest: it bounds what to look for.
+std::vector<Found> FindLargest(const float* row, int64_t n, int64_t k) {
+  const int64_t size = std::clamp<int64_t>(n / k, 1, kGroup);
+  const int64_t groups = n / size;
+  std::vector<float> most(groups);
+  LargestOfGroups(row, groups, size, most.data());
+  std::vector<float> by_size = most;
+  std::nth_element(by_size.begin(), by_size.begin() + k - 1, by_size.end(),
+                   std::greater<float>());
+  const float least = by_size[k - 1];
+  std::vector<Found> found;
+  auto look_at = [&](int64_t i) {
+    if (row[i] >= least) found.push_back({row[i], static_cast<int32_t>(i)});
+  };
+  for (int64_t g = 0; g < groups; ++g) {
+    if (most[g] < least) continue;
+    for (int64_t i = 0; i < size; ++i) look_at(i * groups + g);
+  }
+  for (int64_t i = groups * size; i < n; ++i) look_at(i);
+  std::partial_sort(
+      found.begin(), found.begin() + k, found.end(),
+      [](const Found& a, const Found& b) { return a.value > b.value; });
+  return found;
+}
+
+// The k largest of each row [..., n] in descending order, and where they are.
+ffi::Error Largest(ffi::ThreadPool pool, Floats rows,
+                   ffi::Result<Floats> values, ffi::Result<Ints> places) {
+  const int64_t n = rows.dimensions().back();
+  const int64_t k = values->dimensions().back();
+  const int64_t num = k ? values->element_count() / k : 0;
+  const float* const from = rows.typed_data();
+  float* const value = values->typed_data();
+  int32_t* const place = places->typed_data();
+  InParts(pool, num, kLists, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const std::vector<Found> found = FindLargest(from + i * n, n, k);
+      for (int64_t j = 0; j < k; ++j) {
+        value[i * k + j] = found[j].value;
+        place[i * k + j] = found[j].at;
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_largest, Largest,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Ints>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_stable_order, StableOrder,
                               ffi::Ffi::Bind()

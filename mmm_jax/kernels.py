@@ -1,9 +1,10 @@
-"""What XLA does slowly on CPUs, in C++: rows of tables, and sorting.
+"""What XLA does slowly on CPUs, in C++: rows of tables, sorting, top-k.
 
 What `tables` does in a dozen of XLA's operations, each a pass over all rows of
 the step, `kernels.cc` does in one, in a third of the time. It is compiled by
-the system's C++ compiler when it is first needed, and kept. Orders are those of
-XLA, rows but for the last bits, as XLA joins products and sums here and there.
+the system's C++ compiler when it is first needed, and kept. Orders and lists are
+those of XLA, rows but for the last bits, as XLA joins products and sums here
+and there.
 Without a compiler, XLA's operations do the work.
 """
 
@@ -30,8 +31,11 @@ _FLAGS = (
   *("-shared", "-fPIC"),
 )
 _COMPILE_S = 120  # the longest that it may take
-_TARGETS = ("mmm_jax_read_rows", "mmm_jax_adam_rows", "mmm_jax_stable_order")
-_READ, _ADAM, _ORDER = _TARGETS
+_TARGETS = (
+  *("mmm_jax_read_rows", "mmm_jax_adam_rows"),
+  *("mmm_jax_stable_order", "mmm_jax_largest"),
+)
+_READ, _ADAM, _ORDER, _LARGEST = _TARGETS
 
 _registered = []  # the library, once JAX knows it; a process has one
 _log = logging.getLogger(__name__)
@@ -154,3 +158,13 @@ def stable_order(keys: jax.Array) -> jax.Array:
   order = jax.ShapeDtypeStruct(keys.shape, jnp.int32)
   call = jax.ffi.ffi_call(_ORDER, order, vmap_method="broadcast_all")
   return call(keys)
+
+
+def largest(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """What `lax.top_k` gives, for k up to n: [B, n] -> [B, k] twice.
+
+  But that of equal values any may be taken, in any order.
+  """
+  shape = (values.shape[0], k)
+  found = [jax.ShapeDtypeStruct(shape, t) for t in (jnp.float32, jnp.int32)]
+  return tuple(jax.ffi.ffi_call(_LARGEST, found)(values))

@@ -20,12 +20,13 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mmm_jax import candidates, parallel
+from mmm_jax import candidates, kernels, parallel
 
 # Scoring a gathered pair takes about as long as scoring this many pairs of a
 # tile (dot products of 64 dimensions, 2 CPU cores).
 _PAIR_COST = 100
 _GROUP = 32  # scores of which _largest_of_groups looks at the largest first
+_SIZES = ("num_items", "k", "tile", "in_cpp")
 _AHEAD = 32  # blocks whose exclusions are prepared while others are ranked
 
 
@@ -41,6 +42,7 @@ class Scorer(NamedTuple):
   items: Any  # pytree of arrays [N, ...], whole on each device
   score: Callable  # (users' pytree, pytree of T items) -> [B, T] float32
   engine: parallel.Engine  # the devices of this process that rank
+  in_cpp: bool = False  # whether `kernels` are loaded, and to be used
 
 
 def rank(
@@ -145,7 +147,9 @@ def _on_devices(function, scorer, users, *block, seed, **sizes):
     seed: of the order of equal scores.
     **sizes: static arguments of `function`.
   """
-  ranked = _mapped(function, scorer.engine, len(block), **sizes)
+  ranked = _mapped(
+    *(function, scorer.engine, len(block)), in_cpp=scorer.in_cpp, **sizes
+  )
   return ranked(
     _as_pytree(scorer.score),
     scorer.users(users),
@@ -164,12 +168,13 @@ def _mapped(function, engine, num_arrays, **sizes):
   return engine.map(functools.partial(function, **sizes), inputs, part)
 
 
-@functools.partial(jax.jit, static_argnames=("num_items", "k", "tile"))
+@functools.partial(jax.jit, static_argnames=_SIZES)
 def _rank_block(
-  score, u, items, users, rows, columns, seed, *, num_items, k, tile
+  score, u, items, users, rows, columns, seed, *, num_items, k, tile, in_cpp
 ):
   """The k best of all items for a block; (rows, columns) are left out."""
   shape = len(users), tile
+  best_of = functools.partial(_top_k, k=k, in_cpp=in_cpp)
 
   def merge_tile(best, first):
     start, v = _tile_of(items, first, tile, num_items)
@@ -180,18 +185,18 @@ def _rank_block(
     # Columns of other tiles become `tile`: beyond the end, hence dropped.
     inside = jnp.where(columns >= start, columns - start, tile)
     scores = scores.at[rows, inside].set(-jnp.inf, mode="drop")
-    more = _top_k(scores, item, users, seed, k=k)
+    more = best_of(scores, item, users, seed)
     both = (jnp.concatenate(pair, 1) for pair in zip(best, more))
-    return _top_k(*both, users, seed, k=k), None
+    return best_of(*both, users, seed), None
 
   nothing = jnp.full((shape[0], k), -jnp.inf), jnp.full((shape[0], k), -1)
   best, _ = lax.scan(merge_tile, nothing, _tile_starts(num_items, tile))
   return _in_order(*best, users, seed)
 
 
-@functools.partial(jax.jit, static_argnames=("num_items", "k", "tile"))
+@functools.partial(jax.jit, static_argnames=_SIZES)
 def _rank_lists_block(
-  score, u, items, users, lists, seed, *, num_items, k, tile
+  score, u, items, users, lists, seed, *, num_items, k, tile, in_cpp
 ):
   """The k best of each candidate list [B, C]; -1 is no candidate."""
   if lists.shape[1] * _PAIR_COST < num_items:
@@ -199,7 +204,8 @@ def _rank_lists_block(
   else:
     scores = _picked_scores(score, u, items, lists, num_items, tile)
   scores = jnp.where(lists >= 0, scores, -jnp.inf)
-  return _in_order(*_top_k(scores, lists, users, seed, k=k), users, seed)
+  best = _top_k(scores, lists, users, seed, k=k, in_cpp=in_cpp)
+  return _in_order(*best, users, seed)
 
 
 def _pair_scores(score, u, items, lists):
@@ -262,19 +268,18 @@ def _tie_key(users, item, seed):
   return lax.bitcast_convert_type(bits + jnp.uint32(1 << 23), jnp.float32)
 
 
-def _top_k(scores, item, users, seed, *, k):
+def _top_k(scores, item, users, seed, *, k, in_cpp):
   """Scores and items of the k best of each row, in any order.
 
   lax.top_k prefers low positions. That matters only where place k + 1 ties
   with place k, and only then the row is chosen again, by tie key. Rows of
   fewer than k items stay as they are.
   """
-  item = jnp.broadcast_to(item, scores.shape)
   if scores.shape[1] <= k:
-    return scores, item
+    return scores, jnp.broadcast_to(item, scores.shape)
   # Unless barriers hide the slices below, XLA sorts whole rows for them. One
   # for both aborts the compiler where the program is for several CPUs.
-  best, at = map(lax.optimization_barrier, _largest(scores, k + 1))
+  best, at = map(lax.optimization_barrier, _largest(scores, k + 1, in_cpp))
   kth = best[:, k - 1 : k]
   tied = (best[:, k:] == kth) & (kth > -jnp.inf)
 
@@ -287,8 +292,10 @@ def _top_k(scores, item, users, seed, *, k):
   return pick(scores), pick(item)
 
 
-def _largest(scores, k):
-  """lax.top_k, by the way that is fast on the device."""
+def _largest(scores, k, in_cpp):
+  """lax.top_k, by the way that is fast on the device; of equal scores, any."""
+  if in_cpp:
+    return kernels.largest(scores, k)
   return lax.platform_dependent(
     scores,
     cpu=lambda scores: tuple(lax.top_k(scores, k)),

@@ -7,7 +7,7 @@ import flax
 import jax
 import numpy as np
 
-from mmm_jax import assemble, evaluate, parallel, update
+from mmm_jax import assemble, evaluate, kernels, parallel, update
 
 
 @flax.struct.dataclass
@@ -65,6 +65,7 @@ def make_scorer(run: assemble.Run, params, rows, categories) -> evaluate.Scorer:
     items=items(params, rows, categories),
     score=_score_function(run.model),
     engine=engine,
+    in_cpp=kernels.load(run.config),
   )
 
 

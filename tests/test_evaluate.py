@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmm_jax import candidates, errors, evaluate, metrics, ranking
+from mmm_jax import candidates, errors, evaluate, kernels, metrics, ranking
 import toy
 
 EVAL = dict(cutoffs=(5, 10), seed=0, user_block=16, item_tile=64)
@@ -99,8 +99,14 @@ def test_rank_is_brute_force_with_any_tile_and_ties(levels, block, tile):
 
 
 @pytest.mark.parametrize("levels", [2, 10**6])
-def test_the_way_of_gpus_to_the_largest_is_brute_force(levels, monkeypatch):
-  monkeypatch.setattr(ranking, "_largest", ranking._largest_of_groups)
+@pytest.mark.parametrize("way", ["groups", "kernel"])
+def test_other_ways_to_the_largest_are_brute_force(levels, way, monkeypatch):
+  in_cpp = way == "kernel"
+  if in_cpp and not kernels.load(toy.get_config()):
+    pytest.skip("there is no C++ compiler")
+  if way == "groups":  # as on a GPU
+    groups = lambda scores, k, in_cpp: ranking._largest_of_groups(scores, k)
+    monkeypatch.setattr(ranking, "_largest", groups)
   size = 50 * ranking._GROUP + 5  # no whole number of groups
   interactions = make_interactions(6, size, 8)
   scores = np.random.default_rng(levels).integers(0, levels, (6, size))
@@ -108,7 +114,7 @@ def test_the_way_of_gpus_to_the_largest_is_brute_force(levels, monkeypatch):
   exclude = candidates.items_of_users(interactions, ("train", "valid"))
   users = np.arange(6)
   items, _ = evaluate.rank(
-    table_scorer(scores),
+    table_scorer(scores)._replace(in_cpp=in_cpp),
     users,
     *exclude,
     num_items=size,

@@ -127,6 +127,24 @@ def test_orders_are_those_of_a_stable_sort(shape):
   np.testing.assert_array_equal(jax.jit(order)(keys), expected)
 
 
+@given(
+  seed=st.integers(0, 2**31),
+  size=st.sampled_from([1, 40, 81, 82, 700, 5003]),
+  k=st.sampled_from([1, 11, 41]),
+  alike=st.sampled_from([1, 3, 10**6]),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_largest_are_those_of_a_sort(seed, size, k, alike):
+  rng = np.random.default_rng(seed)
+  k = min(k, size)
+  values = rng.integers(0, alike, (19, size)).astype(np.float32)
+  values[rng.random((19, size)) < 0.2] = -np.inf
+  found, at = jax.jit(kernels.largest, static_argnums=1)(values, k)
+  np.testing.assert_array_equal(found, -np.sort(-values)[:, :k])
+  np.testing.assert_array_equal(found, np.take_along_axis(values, at, 1))
+  assert all(len(set(places)) == k for places in np.asarray(at).tolist())
+
+
 @pytest.mark.parametrize("variant", ["pmf", "full"])
 def test_a_run_with_kernels_is_one_without_but_for_rounding(variant):
   states = []
