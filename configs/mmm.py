@@ -71,7 +71,9 @@ def get_config(variants: str = "") -> ConfigDict:
   c.remedies.networks_in_user = 0.0  # H3: share of u^k in the predictor
   c.remedies.neighbours_in_user = False  # H3: there, the neighbours' mean
   c.remedies.history_in_user = 0.0  # H3: share of the user's items' mean v
+  c.remedies.history_around = False  # in training, of the items next in time
   c.remedies.frozen_categories = False  # H4: w follows its centroid alone
+  c.remedies.count_power = 0.0  # H6: positives weigh ln(1 + times watched)^this
 
   # What a part is worth: the same model with that part made meaningless.
   c.controls = ConfigDict()

@@ -20,9 +20,15 @@ class Term(NamedTuple):
   replicated: bool = False  # the rows are the same on every device
 
 
-def masked_sum(values: jax.Array, mask: jax.Array) -> Term:
-  """Sum and number of the values whose mask holds; shapes must agree."""
-  chosen = jnp.where(mask, values, 0)
+def masked_sum(values: jax.Array, mask: jax.Array, weight=None) -> Term:
+  """Sum and number of the values whose mask holds; shapes must agree.
+
+  Args:
+    values: any shape.
+    mask: bool of that shape.
+    weight: of each value in the sum, but not in the number; None: all 1.
+  """
+  chosen = jnp.where(mask, values if weight is None else weight * values, 0)
   return Term(jnp.sum(chosen), jnp.sum(mask.astype(jnp.float32)))
 
 
@@ -41,14 +47,16 @@ def squared(
   negative: jax.Array,
   positive_mask: jax.Array,
   negative_mask: jax.Array,
+  weight: jax.Array | None = None,
 ) -> Term:
   """1/2 (R - r)^2 with R = 1 for positives [B] and 0 for negatives [B, n].
 
-  The first term of Eq. 17.
+  The first term of Eq. 17. A positive's weight [B], ours, is that of its
+  negatives, too, as in all of these losses.
   """
   return add(
-    masked_sum(0.5 * (1 - positive) ** 2, positive_mask),
-    masked_sum(0.5 * negative**2, negative_mask),
+    masked_sum(0.5 * (1 - positive) ** 2, positive_mask, weight),
+    masked_sum(0.5 * negative**2, negative_mask, _column(weight)),
   )
 
 
@@ -57,11 +65,12 @@ def bce(
   negative: jax.Array,
   positive_mask: jax.Array,
   negative_mask: jax.Array,
+  weight: jax.Array | None = None,
 ) -> Term:
   """Sigmoid cross-entropy of the same pairs."""
   return add(
-    masked_sum(jax.nn.softplus(-positive), positive_mask),
-    masked_sum(jax.nn.softplus(negative), negative_mask),
+    masked_sum(jax.nn.softplus(-positive), positive_mask, weight),
+    masked_sum(jax.nn.softplus(negative), negative_mask, _column(weight)),
   )
 
 
@@ -70,6 +79,7 @@ def bpr(
   negative: jax.Array,
   positive_mask: jax.Array,
   negative_mask: jax.Array,
+  weight: jax.Array | None = None,
 ) -> Term:
   """-ln sigma(r+ - r-) of each positive against its own negatives.
 
@@ -77,13 +87,22 @@ def bpr(
   """
   del positive_mask  # a padded positive has no negatives
   margin = positive[:, None] - negative
-  return masked_sum(jax.nn.softplus(-margin), negative_mask)
+  return masked_sum(jax.nn.softplus(-margin), negative_mask, _column(weight))
 
 
-def softmax(positive: jax.Array, shared: jax.Array, mask: jax.Array) -> Term:
+def softmax(
+  positive: jax.Array,
+  shared: jax.Array,
+  mask: jax.Array,
+  weight: jax.Array | None = None,
+) -> Term:
   """Cross-entropy of each positive [B] among the shared negatives [B, n']."""
   logits = jnp.concatenate([positive[:, None], shared], axis=1)
-  return masked_sum(jax.nn.logsumexp(logits, axis=1) - positive, mask)
+  return masked_sum(jax.nn.logsumexp(logits, axis=1) - positive, mask, weight)
+
+
+def _column(weight):
+  return None if weight is None else weight[:, None]
 
 
 PAIRWISE = {"squared": squared, "bce": bce, "bpr": bpr}

@@ -324,6 +324,34 @@ def fixed_neighbours(
   return _window(user, network, jnp.zeros(user.shape, jnp.uint32), cap)
 
 
+def around(
+  user: jax.Array, place: jax.Array, items: Adjacency, *, cap: int
+) -> jax.Array:
+  """Up to `cap` of a user's items next to one of them, PAD for none.
+
+  Half of them before it and half behind, with the odd one before. Near an end
+  of the list there are fewer.
+
+  Args:
+    user: [B], PAD for nobody.
+    place: [B] of the one in `items.indices`.
+    items: of every user, in order.
+    cap: most items.
+
+  Returns:
+    [B, cap] int32.
+  """
+  real = user != PAD
+  user, place = jnp.where(real, user, 0), jnp.where(real, place, 0)
+  start, end = items.indptr[user], items.indptr[user + 1]
+  behind = cap // 2
+  offset = [*range(behind - cap, 0), *range(1, behind + 1)]
+  at = place[:, None] + jnp.array(offset, jnp.int32)
+  found = items.indices.at[at].get(mode="clip")
+  inside = (at >= start[:, None]) & (at < end[:, None])
+  return jnp.where(inside & real[:, None], found, PAD)
+
+
 def _window(user, network, draw, cap):
   """`cap` neighbours in a row, from a place that 32 random bits choose."""
   real = user != PAD

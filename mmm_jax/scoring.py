@@ -56,7 +56,7 @@ def make_scorer(run: assemble.Run, params, rows, categories) -> evaluate.Scorer:
   engine = parallel.make_own_engine(run.config)
   users, items = _vectors(run.model, engine)
   # Without what only training reads: this is uploaded at every validation.
-  shared = run.shared._replace(seen=None, present={})
+  shared = run.shared._replace(seen=None, rows=None, present={})
   params, rows, categories, shared = engine.replicate(
     (params, rows, categories, shared)
   )

@@ -57,9 +57,19 @@ class Shards(NamedTuple):
 
   number: jax.Array  # [S]
   keys: jax.Array  # [S, uses, 2], the same ones in every shard
-  interactions: sampling.Stream  # ids "user", "item"
+  interactions: sampling.Stream  # ids "user", "item", and "row" if used
   items: sampling.Stream  # ids "item", bin behind bin; count [S, bins]
   users: sampling.Stream  # ids "user"
+
+
+class Rows(NamedTuple):
+  """Training interactions of user after user, oldest first where ordered.
+
+  None where a run does not use it.
+  """
+
+  items: sampling.Adjacency | None  # of each user
+  weight: jax.Array | None  # in the interaction term
 
 
 class Shared(NamedTuple):
@@ -67,6 +77,7 @@ class Shared(NamedTuple):
 
   seen: sampling.Adjacency  # sorted training items of each user
   history: sampling.Adjacency  # the same, shuffled
+  rows: Rows  # what is known of each training interaction
   networks: dict[str, sampling.Adjacency]
   membership: jax.Array  # [M, K] bool: has neighbours in network k
   present: dict[str, jax.Array]  # source -> [N] bool
@@ -153,19 +164,23 @@ def build(
   """
   train = split.part == splits.TRAIN
   user, item = dataset.user[train], dataset.item[train]
+  pairs = {"user": user, "item": item}
   num_users, num_items = sizes.num_users, sizes.num_items
   order = np.lexsort((item, user))
   indptr = np.concatenate(
     [[0], np.bincount(user, minlength=num_users).cumsum()]
   )
   seen = networks.Network(indptr, item[order])
+  rows = _rows(dataset, train, indptr, config.remedies)
+  if any(part is not None for part in rows):
+    pairs["row"] = np.arange(len(user))
   deal = lambda **ids: sampling.deal(config.seed, config.data_shards, **ids)
   width = sum(each.width for each in sizes.item_bins)
   items = [deal(item=own) for _, own in _cut(lengths, num_items, width)]
   shards = Shards(
     number=np.arange(config.data_shards, dtype=np.int32),
     keys=np.stack([sampling.branches(config.seed)] * config.data_shards),
-    interactions=deal(user=user, item=item),
+    interactions=deal(**pairs),
     items=sampling.Stream(
       {"item": np.concatenate([part.ids["item"] for part in items], axis=1)},
       np.stack([part.count for part in items], axis=1),
@@ -175,6 +190,7 @@ def build(
   shared = Shared(
     seen=_adjacency(seen.indptr, seen.indices),
     history=_shuffled(seen, config.seed),
+    rows=rows,
     networks={
       name: _shuffled(network, config.seed)
       for name, network in used_networks.items()
@@ -187,6 +203,43 @@ def build(
     present=present,
   )
   return shards, shared
+
+
+def _rows(dataset, train, indptr, remedies) -> Rows:
+  """What a run uses of the order and the counts of training interactions.
+
+  Raises:
+    errors.InputError: the set does not tell it.
+  """
+  items = weight = None
+  if remedies.history_in_user and remedies.history_around:
+    if not dataset.ordered:
+      raise errors.InputError(
+        f"remedies.history_around: found True, valid: False, as {dataset.name}"
+        " does not tell in which order a user watched items"
+      )
+    items = _adjacency(indptr, dataset.item[train].astype(np.int32))
+  if remedies.count_power:
+    if dataset.count is None:
+      raise errors.InputError(
+        f"remedies.count_power: found {remedies.count_power}, valid: 0, as"
+        f" {dataset.name} does not tell how often a user watched an item"
+      )
+    weight = _weights(
+      dataset.user[train], dataset.count[train], remedies.count_power
+    )
+  return Rows(items, weight)
+
+
+def _weights(user, count, power) -> np.ndarray:
+  """What each training interaction weighs in the interaction term.
+
+  c_ij = ln(1 + n_ij)^power, n_ij times that user i watched item j, divided by
+  its mean over the user.
+  """
+  weight = np.log1p(count) ** power
+  mean = np.bincount(user, weight) / np.maximum(np.bincount(user), 1)
+  return (weight / mean[user]).astype(np.float32)
 
 
 def choose_networks(dataset, split, config) -> tuple[dict, dict]:
@@ -321,6 +374,7 @@ class Examples(NamedTuple):
 
   user: jax.Array  # [S, W], PAD where there is none
   item: jax.Array  # [S, W]
+  row: jax.Array | None  # [S, W], in `Rows`
   negatives: jax.Array  # [B, n], or for the softmax [n']
 
 
@@ -342,7 +396,7 @@ def draw_examples(
   negatives = _negatives(
     pairs["user"], places, shards, shared, step, sizes, config
   )
-  return Examples(pairs["user"], pairs["item"], negatives)
+  return Examples(pairs["user"], pairs["item"], pairs.get("row"), negatives)
 
 
 def draw_batch(
@@ -371,7 +425,8 @@ def draw_batch(
     num_devices: devices that share the batch.
 
   Returns:
-    `user`, `item` [B]; `negatives` [B, n], or for the softmax [n'] and
+    `user`, `item` [B]; `weight` [B] of each in the interaction term, None if
+    all are 1; `negatives` [B, n], or for the softmax [n'] and
     `seen_negatives` [B, n'], which of them are positives of the user;
     `stream_item` [S, W]; `vectors` {source: [S, W, F]}; `tokens`, one
     [S, width, L] for every bin of items, or none;
@@ -398,11 +453,19 @@ def draw_batch(
   content = dict(content)
   tokens = content.pop("text", None)
   user, item = examples.user.reshape(-1), examples.item.reshape(-1)
-  negatives = examples.negatives
+  negatives, rows = examples.negatives, shared.rows
   window_of_items = functools.partial(
     window, user, shared.history, draw=history_draw
   )
-  history = window_of_items()
+  if rows.items is None:
+    history = window_of_items()
+  else:
+    history = sampling.around(
+      user,
+      examples.row.reshape(-1),
+      rows.items,
+      cap=config.network.neighbour_cap,
+    )
   seen_negatives = None
   if config.interaction_loss == "softmax":
     own = window_of_items(cap=min(sizes.max_seen, _MOST_MASKED))
@@ -412,6 +475,9 @@ def draw_batch(
   return {
     "user": user,
     "item": item,
+    "weight": None
+    if rows.weight is None
+    else rows.weight.at[examples.row.reshape(-1)].get(mode="clip"),
     "negatives": negatives,
     "seen_negatives": seen_negatives,
     "shared_fraction": 1 / num_devices,

@@ -17,6 +17,9 @@ from mmm_jax.datasets import base, splits
 # that, when a run says and saves how it stands, on which devices it is.
 PLACES = ("dataset.data_dir", "dataset.manual_dir", "split.path")
 NO_RESULT = (*PLACES, "checkpoint", "log", "parallel")
+# Keys that came after results were recorded, with the values at which a run is
+# what it was without them.
+LATER = {"remedies.count_power": 0.0, "remedies.history_around": False}
 
 _SELECTED_CUTOFF = 20  # early stopping looks at nDCG@20
 _LAST_SEED = 2**31 - 1
@@ -90,6 +93,7 @@ RANGES = {
   "remedies.alpha_prior": (0, math.inf),
   "remedies.networks_in_user": (0, math.inf),
   "remedies.history_in_user": (0, math.inf),
+  "remedies.count_power": (0, math.inf),
 }
 
 POSITIVE = (

@@ -123,6 +123,8 @@ def test_hetrec_lastfm(tmp_path):
   dataset = load(tmp_path, "hetrec_lastfm")
   assert list(dataset.users) == ["2", "5"]
   assert list(dataset.items) == ["51", "52", "60"]
+  assert list(dataset.item) == [0, 1, 1, 2]
+  assert list(dataset.count) == [10, 9, 3, 1]
   assert list(dataset.text) == ["Ab\u00e9", "Cd", "Ef"]
   friend = dataset.networks["friend"]
   assert list(friend.indptr) == [0, 1, 2] and list(friend.indices) == [1, 0]

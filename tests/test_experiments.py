@@ -242,6 +242,16 @@ def test_what_changes_no_result_does_not_make_a_record_stale():
   assert experiments.hash_config(config) != before
 
 
+def test_a_later_key_counts_only_where_it_changes_a_run():
+  config = runs.config("tiny")
+  before = experiments.hash_config(config)
+  config.remedies.count_power = 0.5
+  assert experiments.hash_config(config) != before
+  with config.unlocked():
+    del config.remedies.count_power
+  assert experiments.hash_config(config) == before
+
+
 def test_the_record_tells_of_the_best_epoch(tmp_path):
   rows = [
     {"epoch": 1.0, "valid/ndcg@20": 0.1},  # before the first K-means

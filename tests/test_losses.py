@@ -57,6 +57,26 @@ def test_softmax():
   assert term.count == 2
 
 
+def test_a_positive_s_weight_is_that_of_its_negatives():
+  weight = jnp.array([2.0, 0.5, 7.0])
+  total = lambda name: (
+    losses.PAIRWISE[name](POSITIVE, NEGATIVE, REAL, ALL, weight).total
+  )
+  first, second = 0.5 * ((1 - 2) ** 2 + 1 + 1), 0.5 * ((1 - 0.5) ** 2 + 9)
+  assert total("squared") == pytest.approx(2 * first + 0.5 * second)
+  first = softplus(-2) + softplus(1) + softplus(-1)
+  second = softplus(-0.5) + softplus(0) + softplus(3)
+  assert total("bce") == pytest.approx(2 * first + 0.5 * second, rel=1e-6)
+  first = softplus(-(2 - 1)) + softplus(-(2 + 1))
+  second = softplus(-(0.5 - 0)) + softplus(-(0.5 - 3))
+  assert total("bpr") == pytest.approx(2 * first + 0.5 * second, rel=1e-6)
+  first = log(exp(2) + exp(1) + exp(-1)) - 2
+  second = log(exp(0.5) + exp(0) + exp(3)) - 0.5
+  softmax = losses.softmax(POSITIVE, NEGATIVE, REAL, weight)
+  assert softmax.total == pytest.approx(2 * first + 0.5 * second, rel=1e-6)
+  assert softmax.count == 2
+
+
 def test_softmax_without_a_negative_costs_nothing_and_has_a_slope():
   none = jnp.full((3, 2), -jnp.inf)
   total = lambda positive: losses.softmax(positive, none, REAL).total

@@ -282,6 +282,7 @@ def make_batch(**changes):
   batch = {
     "user": np.array([0]),
     "item": np.array([0]),
+    "weight": None,
     "negatives": np.array([[1]]),
     "shared_fraction": 1.0,
     "stream_item": np.array([[0, 1, 2]]),
@@ -528,6 +529,7 @@ def test_history_in_the_predictor_is_the_mean_of_other_items():
   shared = streams.Shared(
     seen=None,
     history=sampling.Adjacency(jnp.array([0, 3, 3]), jnp.array([0, 1, 2])),
+    rows=None,
     networks={},
     membership=jnp.zeros((2, 0), bool),
     present={},
@@ -556,6 +558,7 @@ def check_user_with_network(model, in_network):
   shared = streams.Shared(
     seen=None,
     history=None,
+    rows=None,
     networks={
       "follow": sampling.Adjacency(
         jnp.array([0, 2, 3, 3]), jnp.array([1, 2, 0])

@@ -267,3 +267,58 @@ def test_lists_too_long_for_32_bits_are_refused():
   indptr = np.array([0, 5, 2**31])
   with pytest.raises(errors.InputError, match="2,147,483,648 entries"):
     streams._adjacency(indptr, np.zeros(1, np.int32))
+
+
+def test_positives_weigh_by_how_often_they_were_watched():
+  # User 0 has watched items 0 and 1 once and thrice, and item 3, which is held
+  # out, often; user 1 item 2 five times.
+  data = toy.Data(
+    *(2, 4),
+    user=np.array([0, 0, 0, 1]),
+    item=np.array([0, 1, 3, 2]),
+    part=np.array([0, 0, 2, 0]),
+    count=np.array([1, 3, 9, 5]),
+  )
+  config = toy.get_config("pmf", remedies__count_power=2.0)
+  found = {
+    item: weight
+    for batch in toy.draw_epoch(toy.make_run(config, data))
+    for item, weight in zip(batch["item"].tolist(), batch["weight"])
+    if item != PAD
+  }
+  # ln 2 and ln 4 = 2 ln 2, squared, are as 1 and 4: of mean 1, .4 and 1.6.
+  assert found == pytest.approx({0: 0.4, 1: 1.6, 2: 1.0}, rel=1e-6)
+
+
+AROUND = dict(remedies__history_in_user=1.0, remedies__history_around=True)
+
+
+def test_the_history_around_a_positive_is_the_next_in_time():
+  # Users 0 and 1 watch 5 items and 2, the first of user 1 being held out.
+  data = toy.Data(
+    *(2, 9),
+    user=np.array([0, 0, 0, 0, 0, 1, 1]),
+    item=np.array([0, 1, 2, 3, 4, 5, 7]),
+    part=np.array([0, 0, 0, 0, 0, 1, 0]),
+    ordered=True,
+  )
+  config = toy.get_config("pmf", network__neighbour_cap=3, **AROUND)
+  found = {
+    item: set(history[history != PAD].tolist())
+    for batch in toy.draw_epoch(toy.make_run(config, data))
+    for item, history in zip(batch["item"].tolist(), batch["history"])
+    if item != PAD
+  }
+  # Two before and one behind.
+  wanted = {0: {1}, 1: {0, 2}, 2: {0, 1, 3}, 3: {1, 2, 4}, 4: {2, 3}, 7: set()}
+  assert found == wanted
+
+
+@pytest.mark.parametrize(
+  ("key", "changes"),
+  [("count_power", {"remedies__count_power": 1.0}), ("history_around", AROUND)],
+)
+def test_what_a_set_does_not_tell_is_refused(key, changes):
+  config = toy.get_config("pmf", **changes)
+  with pytest.raises(errors.InputError, match=f"remedies.{key}.*toy"):
+    toy.make_run(config, toy.random_data(5, 9))

@@ -52,6 +52,8 @@ class Data:
   words: np.ndarray | None = None
   absent: dict[str, list] = dataclasses.field(default_factory=dict)
   part: np.ndarray | None = None
+  count: np.ndarray | None = None
+  ordered: bool = False  # then by item
 
   @functools.cached_property
   def dataset(self):
@@ -64,6 +66,8 @@ class Data:
       items=np.array([f"v{j}" for j in range(self.num_items)], object),
       user=np.asarray(self.user, np.int32)[order],
       item=np.asarray(self.item, np.int32)[order],
+      ordered=self.ordered,
+      count=None if self.count is None else np.asarray(self.count)[order],
       networks={n: as_network(lists) for n, lists in self.networks.items()},
       vectors={n: x.shape[1] for n, x in self.vectors.items()},
       present={n: self._present(n) for n in sources},

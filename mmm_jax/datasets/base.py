@@ -41,6 +41,8 @@ class RawData:
     user_items: for every user an int array of item positions (unique within
       the user), oldest first where `ordered`.
     timestamps: for every user an int64 array beside `user_items`, or None.
+    counts: for every user an int32 array beside `user_items`, how often the
+      item was watched or played, at least 1; or None.
     part: for every user an int8 array (0 train, 1 valid, 2 test) where the
       set comes with its own split, or None.
     networks: {name: for every user an int array of user positions that the
@@ -63,6 +65,7 @@ class RawData:
   user_items: list[np.ndarray]
   ordered: bool
   timestamps: list[np.ndarray] | None = None
+  counts: list[np.ndarray] | None = None
   part: list[np.ndarray] | None = None
   networks: dict[str, list[np.ndarray]] = dataclasses.field(
     default_factory=dict
@@ -104,6 +107,7 @@ class Dataset:
     user, item: int32 [E], the interactions, by user, then in order of time
       where that is known.
     timestamp: int64 [E], -1 where unknown.
+    count: int32 [E], how often the item was watched or played, or None.
     ordered: a user's interactions are chronological.
     part: int8 [E], the set's own split (0 train, 1 valid, 2 test), or None.
     networks: explicit ones.
@@ -128,6 +132,7 @@ class Dataset:
   user: np.ndarray
   item: np.ndarray
   timestamp: np.ndarray
+  count: np.ndarray | None
   ordered: bool
   part: np.ndarray | None
   networks: dict[str, networks.Network]
@@ -221,8 +226,9 @@ def _edges(users):
     "item": _joined(users["items"], np.int32),
     "timestamp": _joined(users["timestamps"], np.int64),
   }
-  if "part" in users:
-    edges["part"] = _joined(users["part"], np.int8)
+  for name, dtype in (("part", np.int8), ("counts", np.int32)):
+    if name in users:
+      edges[name] = _joined(users[name], dtype)
   return edges
 
 
@@ -308,6 +314,7 @@ def _assemble(about, users, items, source, edges, keep, filtered) -> Dataset:
     user=user_of[edges["user"][keep]],
     item=item_of[edges["item"][keep]],
     timestamp=edges["timestamp"][keep],
+    count=edges["counts"][keep] if "counts" in edges else None,
     ordered=about["ordered"],
     part=edges["part"][keep] if "part" in edges else None,
     networks={

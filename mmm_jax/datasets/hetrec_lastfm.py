@@ -13,7 +13,7 @@ import numpy as np
 
 from mmm_jax.datasets import base, rawfiles
 
-VERSION = 1
+VERSION = 2
 PAGE = "https://grouplens.org/datasets/hetrec-2011/"
 COLUMNS = {
   "user_artists.dat": ("userID", "artistID", "weight"),
@@ -76,7 +76,8 @@ def _parse_rows(tables):
   return base.RawData(
     user_ids=[str(user) for user in users],
     item_ids=[str(artist) for artist in artists],
-    user_items=list(histories.values()),
+    user_items=[np.fromiter(own, np.int32) for own in histories.values()],
+    counts=[np.fromiter(own.values(), np.int32) for own in histories.values()],
     ordered=False,
     networks={"friend": _friends(*tables["user_friends.dat"], users)},
     text=list(artists.values()),
@@ -105,7 +106,7 @@ def _named(file, rows):
 
 
 def _histories(file, rows, positions):
-  """{user id: positions of the artists listened to}."""
+  """{user id: {position of an artist listened to: how often}}."""
   histories = collections.defaultdict(dict)
   used = np.zeros(len(positions), bool)
   for line, (user, artist, weight) in rows:
@@ -113,17 +114,17 @@ def _histories(file, rows, positions):
     position = rawfiles.known(
       file, line, "artistID", artist, positions, "artists.dat"
     )
-    rawfiles.integer(file, line, "weight", weight)
+    plays = rawfiles.integer(file, line, "weight", weight)
+    if plays < 1:
+      file.fail(f"line {line}, column 'weight'", f"{plays}", "1 or more")
     if position in histories[number]:
       file.fail(
         f"line {line}", f"user {user} with artist {artist} again", "each once"
       )
-    histories[number][position] = True
+    histories[number][position] = plays
     used[position] = True
   rawfiles.check_all_used(file, "artists.dat", list(positions), used)
-  return {
-    user: np.fromiter(items, np.int32) for user, items in histories.items()
-  }
+  return histories
 
 
 def _friends(file, rows, users):

@@ -110,6 +110,8 @@ def user_features(raw: base.RawData) -> dict:
     "items": _ints(np.int32),
     "timestamps": _ints(np.int64),
   }
+  if raw.counts is not None:
+    features["counts"] = _ints(np.int32)
   if raw.part is not None:
     features["part"] = _ints(np.int8)
   for network in sorted(raw.networks):
@@ -129,6 +131,8 @@ def user_records(raw: base.RawData) -> Iterator[dict]:
       record["timestamps"] = np.full(len(items), -1, np.int64)
     else:
       record["timestamps"] = np.asarray(raw.timestamps[user], np.int64)
+    if raw.counts is not None:
+      record["counts"] = np.asarray(raw.counts[user], np.int32)
     if raw.part is not None:
       record["part"] = np.asarray(raw.part[user], np.int8)
     for network, neighbours in raw.networks.items():

@@ -184,6 +184,7 @@ class MMM(nn.Module):
         jnp.einsum("bd,bnd->bn", full_user, negative_item),
         mask,
         negative_mask,
+        batch["weight"],
       )
       negatives = losses.half_square(negative, negative_mask)
     if self.prior_stream == "interactions":
@@ -208,7 +209,7 @@ class MMM(nn.Module):
     # Whoever has more items than are masked may still meet this one.
     own = batch["negatives"][None] == batch["item"][:, None]
     logits = jnp.where(own | batch["seen_negatives"], -jnp.inf, logits)
-    return losses.softmax(positive_logits, logits, mask)
+    return losses.softmax(positive_logits, logits, mask, batch["weight"])
 
   def _predicting_user(self, rows, batch):
     """u, or with our remedies for H3 u + g sum_k a_k u^k + h mean_j v_j.
