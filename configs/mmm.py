@@ -62,7 +62,8 @@ def get_config(variants: str = "") -> ConfigDict:
   c.weights.network_prior = 0.01
   c.weights.overrides = ""  # such as content.text=0.1,network_tie.friend=1
 
-  # Ours, against the hazards H1-H4 of a literal implementation; all neutral.
+  # Ours, against the hazards H1-H4 of a literal implementation and one more,
+  # H6; all neutral.
   c.remedies = ConfigDict()
   c.remedies.encoder_decay = 0.0  # H1: weight decay of encoders and maps
   c.remedies.mismatched_content = 0.0  # H1: weight of mismatched pairs
@@ -114,6 +115,8 @@ def search_space(c) -> dict:
       space["remedies.networks_in_user"] = ("log", 0.1, 2.0)
   if c.remedies.history_in_user:
     space["remedies.history_in_user"] = ("log", 0.1, 2.0)
+  if c.remedies.count_power:
+    space["remedies.count_power"] = ("uniform", 0.5, 2.0)
   if c.num_categories:
     space["weights.category"] = ("log", 0.1, 100.0)
     space["weights.category_prior"] = ("log", 0.1, 100.0)
