@@ -4,10 +4,9 @@
         [--manual_dir=microlens=DIR] [--only=pmf,mmm]
     python tests/benchmarks/speed.py --table=tests/results/speed.json
 
-Medians of five after compilation (of `implicit`: the mean of 200 epochs), with
-the values of configs/mmm.py but for what the text of a measurement names. Needs
-the extra `test`; no real data, except for the lists of MicroLens, which are
-left out without --manual_dir.
+Medians of five after compilation, with the values of configs/mmm.py but for what
+the text of a measurement names. Needs the extra `test`; no real data, except for
+the lists of MicroLens, which are left out without --manual_dir.
 """
 
 import argparse
@@ -50,6 +49,7 @@ NEVER = 10**6
 LARGE = 1_000_000  # users and items of B4
 PER_USER = 8  # interactions of the made-up users of B4
 BLOCK_STEPS = 200  # of each size in turn, for B4
+EPOCHS, BPR_EPOCHS = 8, 40  # of PMF and of `implicit` in turn, for B1
 
 
 def main():
@@ -219,6 +219,10 @@ class Training:
     self.trainer.train_epoch(self._progress)
     jax.block_until_ready(self.trainer.state)
 
+  def epochs(self, number):
+    for _ in range(number):
+      self.epoch()
+
   def __enter__(self):
     return self
 
@@ -245,13 +249,42 @@ def machine(_):
   }
 
 
-def implicit_bpr(_):
-  """`implicit`'s BPR: pairs a second, its first epoch left out."""
+# --- training ---------------------------------------------------------------
+
+
+def pmf(_):
+  """B1: epochs of PMF, with negatives checked against the positives.
+
+  Beside them `implicit`'s BPR, which does the same: some epochs of each in
+  turn, so that a slow second of the machine falls to both.
+  """
+  config = get_config("pmf")
+  no_kernels = get_config("pmf", parallel__kernels=False)
+  with Training(config) as ours, Training(no_kernels) as by_xla:
+    both = [functools.partial(each.epochs, EPOCHS) for each in (ours, by_xla)]
+    for epochs in both:
+      epochs()
+    known = ours.run.interactions
+    bpr_s, (seconds, by_xla_s) = _in_turn_with_implicit(known, both)
+  positives = int((known.part == splits.TRAIN).sum())
+  samples = positives * (1 + config.negatives.per_positive)
+  return {
+    "implicit_pairs_per_s": positives * BPR_EPOCHS / bpr_s,
+    "pmf_epoch_s": seconds / EPOCHS,
+    "pmf_samples_per_s": samples * EPOCHS / seconds,
+    "pmf_samples_per_s_by_xla": samples * EPOCHS / by_xla_s,
+    "pmf_pairs_per_s": (samples - positives) * EPOCHS / seconds,
+  }
+
+
+def _in_turn_with_implicit(known, functions):
+  """Median seconds of BPR_EPOCHS of `implicit` and of each function.
+
+  Its first epoch is left out.
+  """
   os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as implicit asks for
   from implicit import bpr
 
-  run = assemble.assemble(get_config("pmf"))
-  known = run.interactions
   training = known.part == splits.TRAIN
   positives = sparse.csr_matrix(
     (
@@ -260,48 +293,26 @@ def implicit_bpr(_):
     ),
     shape=(known.num_users, known.num_items),
   )
-  ends = []
+  bpr_seconds, seconds = [], []
+  start = 0.0
+
+  def after_epoch(epoch, *_):
+    nonlocal start
+    if epoch % BPR_EPOCHS == 0:
+      bpr_seconds.append(time.perf_counter() - start)
+      seconds.append([median_seconds(f, warm=0, repeats=1) for f in functions])
+      start = time.perf_counter()
+
   model = bpr.BayesianPersonalizedRanking(
     factors=64,
-    iterations=1 + 40 * REPEATS,
+    iterations=1 + BPR_EPOCHS * REPEATS,
     num_threads=2,
     verify_negative_samples=True,
     random_state=0,
   )
-  model.fit(
-    positives,
-    show_progress=False,
-    callback=lambda *_: ends.append(time.perf_counter()),
-  )
-  return {
-    "implicit_pairs_per_s": positives.nnz
-    * (len(ends) - 1)
-    / (ends[-1] - ends[0])
-  }
-
-
-# --- training ---------------------------------------------------------------
-
-
-def pmf(_):
-  """B1: whole epochs with 5 negatives each, checked against the positives."""
-  config = get_config("pmf")
-  seconds, positives = _pmf_epoch(config)
-  by_xla, _ = _pmf_epoch(get_config("pmf", parallel__kernels=False))
-  samples = positives * (1 + config.negatives.per_positive)
-  return {
-    "pmf_epoch_s": seconds,
-    "pmf_samples_per_s": samples / seconds,
-    "pmf_samples_per_s_by_xla": samples / by_xla,
-    "pmf_pairs_per_s": samples / seconds - positives / seconds,
-  }
-
-
-def _pmf_epoch(config) -> tuple[float, int]:
-  """Seconds of an epoch, and its positives."""
-  with Training(config) as training:
-    seconds = median_seconds(training.epoch, warm=2)
-    return seconds, training.run.sizes.num_train
+  model.fit(positives, show_progress=False, callback=after_epoch)
+  medians = [statistics.median(each) for each in zip(*seconds[1:])]
+  return statistics.median(bpr_seconds[1:]), medians
 
 
 def mmm(_):
@@ -595,7 +606,6 @@ def seconds_to_first_step(data_dir, workdir) -> float:
 PROFILED = ("pmf", "cat", "net", "con", "full")
 MEASURED = {
   "machine": machine,
-  "implicit": implicit_bpr,
   "pmf": pmf,
   "mmm": mmm,
   "profile": profile,
