@@ -4,9 +4,9 @@
         [--manual_dir=microlens=DIR] [--only=pmf,mmm]
     python tests/benchmarks/speed.py --table=tests/results/speed.json
 
-Medians of five after compilation, with the values of configs/mmm.py but for what
-the text of a measurement names. Needs the extra `test`; no real data, except for
-the lists of MicroLens, which are left out without --manual_dir.
+Medians of five after compilation, with the values of configs/mmm.py but for
+what the text of a measurement names. Needs the extra `test`; no real data,
+except for the lists of MicroLens, which are left out without --manual_dir.
 """
 
 import argparse
