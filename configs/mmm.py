@@ -62,8 +62,8 @@ def get_config(variants: str = "") -> ConfigDict:
   c.weights.network_prior = 0.01
   c.weights.overrides = ""  # such as content.text=0.1,network_tie.friend=1
 
-  # Ours, against the hazards H1-H4 of a literal implementation and one more,
-  # H6; all neutral.
+  # Ours, most of them against the hazards H1-H4 of a literal implementation.
+  # All neutral.
   c.remedies = ConfigDict()
   c.remedies.encoder_decay = 0.0  # H1: weight decay of encoders and maps
   c.remedies.mismatched_content = 0.0  # H1: weight of mismatched pairs
@@ -74,7 +74,7 @@ def get_config(variants: str = "") -> ConfigDict:
   c.remedies.history_in_user = 0.0  # H3: share of the user's items' mean v
   c.remedies.history_around = False  # in training, of the items next in time
   c.remedies.frozen_categories = False  # H4: w follows its centroid alone
-  c.remedies.count_power = 0.0  # H6: positives weigh ln(1 + times watched)^this
+  c.remedies.count_power = 0.0  # a positive weighs ln(1 + times watched)^this
 
   # What a part is worth: the same model with that part made meaningless.
   c.controls = ConfigDict()

@@ -29,6 +29,7 @@ from mmm_jax import (
   manifest,
   parallel,
   scoring,
+  validate,
 )
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.")
@@ -65,7 +66,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
         f"{workdir} has no {name}: no finished run is there; train one with"
         f" python -m mmm_jax.main --config=... --workdir={workdir}"
       )
-  values = files.read_json(workdir / "config.json")
+  values = validate.completed(files.read_json(workdir / "config.json"))
   return ml_collections.ConfigDict(_with_tuples(values))
 
 

@@ -209,10 +209,15 @@ def _rows(dataset, train, indptr, remedies) -> Rows:
   """What a run uses of the order and the counts of training interactions.
 
   Raises:
-    errors.InputError: the set does not tell it.
+    errors.InputError: the set does not tell it, or it would change nothing.
   """
   items = weight = None
-  if remedies.history_in_user and remedies.history_around:
+  if remedies.history_around:
+    if not remedies.history_in_user:
+      raise errors.InputError(
+        "remedies.history_around: found True, valid: False, as"
+        " remedies.history_in_user is 0"
+      )
     if not dataset.ordered:
       raise errors.InputError(
         f"remedies.history_around: found True, valid: False, as {dataset.name}"

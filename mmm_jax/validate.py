@@ -19,7 +19,11 @@ PLACES = ("dataset.data_dir", "dataset.manual_dir", "split.path")
 NO_RESULT = (*PLACES, "checkpoint", "log", "parallel")
 # Keys that came after results were recorded, with the values at which a run is
 # what it was without them.
-LATER = {"remedies.count_power": 0.0, "remedies.history_around": False}
+LATER = {
+  "parallel.kernels": False,
+  "remedies.count_power": 0.0,
+  "remedies.history_around": False,
+}
 
 _SELECTED_CUTOFF = 20  # early stopping looks at nDCG@20
 _LAST_SEED = 2**31 - 1
@@ -93,7 +97,7 @@ RANGES = {
   "remedies.alpha_prior": (0, math.inf),
   "remedies.networks_in_user": (0, math.inf),
   "remedies.history_in_user": (0, math.inf),
-  "remedies.count_power": (0, math.inf),
+  "remedies.count_power": (0, 10),
 }
 
 POSITIVE = (
@@ -149,6 +153,15 @@ def plain(config, *, without=()) -> dict:
     *folders, name = key.split(".")
     inner = functools.reduce(lambda d, each: d.get(each, {}), folders, values)
     inner.pop(name, None)
+  return values
+
+
+def completed(values: dict) -> dict:
+  """The dictionary of a config, with the keys of LATER if it has none."""
+  for key, value in LATER.items():
+    *folders, name = key.split(".")
+    inner = functools.reduce(lambda d, each: d.get(each, {}), folders, values)
+    inner.setdefault(name, value)
   return values
 
 

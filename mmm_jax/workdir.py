@@ -135,7 +135,7 @@ def check_config(config, workdir: pathlib.Path) -> None:
     return
   old, new = (
     dict(validate.leaves(validate.plain(each, without=validate.NO_RESULT)))
-    for each in (files.read_json(path), config)
+    for each in (validate.completed(files.read_json(path)), config)
   )
   keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
   if keys:

@@ -203,6 +203,20 @@ def test_a_run_goes_on_with_what_changes_no_result_and_nothing_else(tmp_path):
     folders.check_config(config, tmp_path)
 
 
+def test_a_run_of_before_some_keys_is_one_with_their_neutral_values(tmp_path):
+  config = runs.config("tiny")
+  old = validate.plain(config, without=validate.LATER)
+  assert "count_power" not in old["remedies"]
+  files.write_json(tmp_path / "config.json", old)
+  folders.check_config(config, tmp_path)
+  found = validate.completed(old)
+  assert found["remedies"]["count_power"] == 0
+  assert not found["parallel"]["kernels"]  # as it was trained
+  config.remedies.count_power = 1.0
+  with pytest.raises(errors.InputError, match="count_power: 0.0 there, 1.0"):
+    folders.check_config(config, tmp_path)
+
+
 def test_file_systems_without_locks_are_refused(tmp_path, monkeypatch):
   def refuse(*_):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -93,6 +93,7 @@ def scorer():
       rows,
       columns,
       jnp.uint32(0),
+      in_cpp=False,  # as on a TPU
       num_items=60,
       k=20,
       tile=32,

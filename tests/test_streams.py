@@ -316,9 +316,13 @@ def test_the_history_around_a_positive_is_the_next_in_time():
 
 @pytest.mark.parametrize(
   ("key", "changes"),
-  [("count_power", {"remedies__count_power": 1.0}), ("history_around", AROUND)],
+  [
+    ("count_power", {"remedies__count_power": 1.0}),
+    ("history_around", AROUND),
+    ("history_around", AROUND | {"remedies__history_in_user": 0.0}),
+  ],
 )
 def test_what_a_set_does_not_tell_is_refused(key, changes):
   config = toy.get_config("pmf", **changes)
-  with pytest.raises(errors.InputError, match=f"remedies.{key}.*toy"):
+  with pytest.raises(errors.InputError, match=f"remedies.{key}.*(toy|is 0)"):
     toy.make_run(config, toy.random_data(5, 9))
