@@ -146,8 +146,8 @@ def hash_config(config, *, without=()) -> str:
     config: of the run.
     without: further keys whose values do not count.
   """
-  values = dict(validate.leaves(config))
-  neutral = [k for k, value in validate.LATER.items() if values.get(k) == value]
+  now = dict(validate.leaves(config))
+  neutral = [k for k, value in validate.LATER.items() if now.get(k) == value]
   without = (*validate.NO_RESULT, *neutral, *without)
   values = validate.plain(config, without=without)
   text = json.dumps(values, sort_keys=True)

@@ -4,8 +4,7 @@ What `tables` does in a dozen of XLA's operations, each a pass over all rows of
 the step, `kernels.cc` does in one, in a third of the time. It is compiled by
 the system's C++ compiler when it is first needed, and kept. Orders and lists
 are those of XLA, rows but for the last bits, as XLA joins products and sums
-here and there.
-Without a compiler, XLA's operations do the work.
+here and there. Without a compiler, XLA's operations do the work.
 """
 
 import ctypes
