@@ -90,7 +90,7 @@ def base() -> ml_collections.ConfigDict:
   c.input.content_budget_mb = 1024.0  # more than this streams
   c.input.standardise = False  # vectors to mean 0 and variance 1; ours
   c.input.threads = 4
-  c.input.prefetch_batches = 16
+  c.input.prefetch_batches = 16  # steps that are read ahead, in whole chunks
 
   c.parallel = ml_collections.ConfigDict()
   c.parallel.engine = "pmap"  # of several devices; or mesh

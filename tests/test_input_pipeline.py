@@ -62,7 +62,9 @@ def test_budget_is_bytes_of_all_items():
 
 def test_read_keeps_shapes_and_order():
   batches = np.array([[[0, 1]], [[3, PAD]], [[2, 2]]])
-  found = list(input_pipeline.read(make_content(), batches, toy.get_config()))
+  found = list(
+    input_pipeline.read(make_content(), batches, toy.get_config(), ahead=2)
+  )
   assert [x["visual"].shape for x in found] == [(1, 2, 3)] * 3
   np.testing.assert_array_equal(
     found[1]["visual"], [[PICTURES[0], np.zeros(3)]]

@@ -375,10 +375,10 @@ def streamed(_):
       ratios.append(streaming_s / beside)
     run = second.run
   items = np.arange(run.sizes.num_items, dtype=np.int32)
-  batches = items[: len(items) // 256 * 256].reshape(-1, 256)
+  batches = items[: len(items) // 1024 * 1024].reshape(-1, 1024)
 
   def read():
-    for _ in input_pipeline.read(run.content, batches, streaming):
+    for _ in input_pipeline.read(run.content, batches, streaming, ahead=4):
       pass
 
   reading = median_seconds(read)
