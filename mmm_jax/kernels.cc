@@ -1,6 +1,7 @@
-// What XLA's operations do slowly on CPUs: reading and updating a few rows of a
-// large table, of which each operation passes over all that the one before has
-// written, and sorting, of which the search for the largest is a part.
+// What XLA's operations do slowly on CPUs: reading and updating a few rows of
+// large tables, of which each operation passes over all that the one before has
+// written; sorting, of which the search for the largest is a part; and searching
+// short lists, on one core and for as many rounds as the longest needs.
 //
 // Sums are in the order of the ids whatever the number of threads, and compiled
 // with -ffp-contract=off every compiler and processor gives the same bits.
@@ -74,28 +75,84 @@ void InParts(ffi::ThreadPool pool, int64_t size, int64_t part_size,
   while (progress->done.load() < parts) std::this_thread::yield();
 }
 
-// The first d numbers of rows `ids` as [n, d], zeros for padding.
-ffi::Error Read(ffi::ThreadPool pool, Floats table, Ints ids,
-                ffi::Result<Floats> rows) {
-  const int64_t num_rows = table.dimensions()[0];
-  const int64_t stride = table.dimensions()[1];
-  const int64_t n = ids.dimensions()[0], d = rows->dimensions()[1];
-  const float* const from = table.typed_data();
-  const int32_t* const id = ids.typed_data();
-  float* const to = rows->typed_data();
-  InParts(pool, n, kPart, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t ahead = i + kAhead;
-      if (ahead < end && IsRow(id[ahead], num_rows)) {
-        Prefetch(from + id[ahead] * stride, d);
-      }
-      if (IsRow(id[i], num_rows)) {
-        std::copy_n(from + id[i] * stride, d, to + i * d);
-      } else {
-        std::fill_n(to + i * d, d, 0.0f);
-      }
+using Tasks = std::vector<std::function<void()>>;
+
+void Run(ffi::ThreadPool pool, const Tasks& tasks) {
+  const std::function<void()>* const task = tasks.data();
+  InParts(pool, tasks.size(), 1, [=](int64_t i, int64_t) { task[i](); });
+}
+
+// The first d numbers of n rows as [n, d], zeros for padding.
+void ReadRows(const float* table, int64_t num_rows, int64_t stride,
+              const int32_t* id, int64_t n, float* to, int64_t d) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t ahead = i + kAhead;
+    if (ahead < n && IsRow(id[ahead], num_rows)) {
+      Prefetch(table + id[ahead] * stride, d);
     }
-  });
+    if (IsRow(id[i], num_rows)) {
+      std::copy_n(table + id[i] * stride, d, to + i * d);
+    } else {
+      std::fill_n(to + i * d, d, 0.0f);
+    }
+  }
+}
+
+// Links the places of each row in `id`: slot[row] is the first of them, next[i]
+// the one behind i, or kNone. `slot` may come with any content: before a row's
+// last place is passed, none that is behind it can be one of the row's.
+void Link(const int32_t* id, int64_t n, int64_t num_rows, int32_t* slot,
+          int32_t* next) {
+  for (int64_t i = n - 1; i >= 0; --i) {
+    next[i] = kNone;
+    if (!IsRow(id[i], num_rows)) continue;
+    const int32_t found = slot[id[i]];
+    if (found > i && found < n && id[found] == id[i]) next[i] = found;
+    slot[id[i]] = static_cast<int32_t>(i);
+  }
+}
+
+// What comes before a step: the rows that it touches of some tables, and their
+// places, linked for `Adam`. Of each table: rows with moments, slots, ids; and
+// the results: slots, links, and as many arrays of rows as `reads` says, which
+// follow each other in the ids.
+ffi::Error Touch(ffi::ThreadPool pool, ffi::RemainingArgs args,
+                 ffi::RemainingRets results, ffi::Span<const int64_t> reads) {
+  Tasks links, readings;
+  size_t result = 0;
+  for (size_t t = 0; t < reads.size(); ++t) {
+    const Floats table = *args.get<Floats>(3 * t);
+    const Ints slot = *args.get<Ints>(3 * t + 1);
+    const Ints ids = *args.get<Ints>(3 * t + 2);
+    const int64_t num_rows = table.dimensions()[0];
+    const int64_t stride = table.dimensions()[1];
+    int32_t* const first = (*results.get<Ints>(result++))->typed_data();
+    int32_t* const next = (*results.get<Ints>(result++))->typed_data();
+    // A result takes the place of its argument unless XLA needs both.
+    if (first != slot.typed_data()) {
+      std::copy_n(slot.typed_data(), num_rows, first);
+    }
+    const float* const from = table.typed_data();
+    const int32_t* id = ids.typed_data();
+    const int64_t n = ids.element_count();
+    links.push_back([=] { Link(id, n, num_rows, first, next); });
+    for (int64_t read = 0; read < reads[t]; ++read) {
+      ffi::Result<Floats> rows = *results.get<Floats>(result++);
+      const int64_t size = rows->dimensions()[0], d = rows->dimensions()[1];
+      for (int64_t begin = 0; begin < size; begin += kPart) {
+        const int64_t part = std::min(kPart, size - begin);
+        float* const to = rows->typed_data() + begin * d;
+        readings.push_back([=] {
+          ReadRows(from, num_rows, stride, id + begin, part, to, d);
+        });
+      }
+      id += size;
+    }
+  }
+  // Links take longest: they come first, and reading fills up the rest.
+  Tasks& tasks = links;
+  tasks.insert(tasks.end(), readings.begin(), readings.end());
+  Run(pool, tasks);
   return ffi::Error::Success();
 }
 
@@ -122,21 +179,6 @@ void TakeStep(const AdamStep& step, float* __restrict row,
   }
 }
 
-// Links the places of each row in `id`: slot[row] is the first of them, next[i]
-// the one behind i, or kNone. `slot` may come with any content: before a row's
-// last place is passed, none that is behind it can be one of the row's.
-std::vector<int32_t> Link(const int32_t* id, int64_t n, int64_t num_rows,
-                          int32_t* slot) {
-  std::vector<int32_t> next(n, kNone);
-  for (int64_t i = n - 1; i >= 0; --i) {
-    if (!IsRow(id[i], num_rows)) continue;
-    const int32_t found = slot[id[i]];
-    if (found > i && found < n && id[found] == id[i]) next[i] = found;
-    slot[id[i]] = static_cast<int32_t>(i);
-  }
-  return next;
-}
-
 // The sum of the gradients at place i and at those behind it.
 const float* SumRepeats(const float* grads, int64_t d, const int32_t* next,
                         int64_t i, std::vector<float>& sum) {
@@ -149,14 +191,37 @@ const float* SumRepeats(const float* grads, int64_t d, const int32_t* next,
   return sum.data();
 }
 
-// One step of Adam for each of the rows `ids`, with the sum of its gradients.
-ffi::Error Adam(ffi::ThreadPool pool, Floats table, Ints slot, Ints ids,
-                Floats grads, Floats rate, Floats unbias1, Floats unbias2,
-                ffi::Result<Floats> new_table, ffi::Result<Ints> new_slot,
-                float b1, float b2, float fresh1, float fresh2, float eps) {
-  const int64_t num_rows = table.dimensions()[0];
-  const int64_t n = ids.dimensions()[0], d = grads.dimensions()[1];
-  const int64_t stride = 3 * d;
+// A table's part of a step.
+struct Update {
+  float* rows;
+  const int32_t *first, *next, *id;
+  const float* grads;
+  int64_t num_rows, d;
+};
+
+// One step of Adam for the rows at places [begin, end) of a table's ids.
+void UpdateRows(const AdamStep& step, const Update& u, int64_t begin,
+                int64_t end) {
+  const int64_t stride = 3 * u.d;
+  std::vector<float> sum;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t ahead = i + kAhead;
+    if (ahead < end && IsRow(u.id[ahead], u.num_rows)) {
+      Prefetch(u.rows + u.id[ahead] * stride, stride);
+    }
+    if (IsRow(u.id[i], u.num_rows) && u.first[u.id[i]] == i) {
+      const float* total = SumRepeats(u.grads, u.d, u.next, i, sum);
+      TakeStep(step, u.rows + u.id[i] * stride, total, u.d);
+    }
+  }
+}
+
+// One step of Adam for the touched rows of some tables, with the sums of their
+// gradients. Of each table: rows with moments, slots, links, ids, gradients.
+ffi::Error Adam(ffi::ThreadPool pool, Floats rate, Floats unbias1,
+                Floats unbias2, ffi::RemainingArgs args,
+                ffi::RemainingRets new_tables, float b1, float b2,
+                float fresh1, float fresh2, float eps) {
   const AdamStep step{b1,
                       b2,
                       fresh1,
@@ -165,29 +230,66 @@ ffi::Error Adam(ffi::ThreadPool pool, Floats table, Ints slot, Ints ids,
                       *unbias2.typed_data(),
                       *rate.typed_data(),
                       eps};
-  float* const rows = new_table->typed_data();
-  int32_t* const first = new_slot->typed_data();
-  // Results take the place of the arguments unless XLA needs both.
-  if (rows != table.typed_data()) {
-    std::copy_n(table.typed_data(), num_rows * stride, rows);
+  Tasks tasks;
+  for (size_t t = 0; t < new_tables.size(); ++t) {
+    const Floats table = *args.get<Floats>(5 * t);
+    const Ints first = *args.get<Ints>(5 * t + 1);
+    const Ints next = *args.get<Ints>(5 * t + 2);
+    const Ints ids = *args.get<Ints>(5 * t + 3);
+    const Floats grads = *args.get<Floats>(5 * t + 4);
+    float* const rows = (*new_tables.get<Floats>(t))->typed_data();
+    if (rows != table.typed_data()) {
+      std::copy_n(table.typed_data(), table.element_count(), rows);
+    }
+    const Update update{rows,
+                        first.typed_data(),
+                        next.typed_data(),
+                        ids.typed_data(),
+                        grads.typed_data(),
+                        table.dimensions()[0],
+                        grads.dimensions()[1]};
+    const int64_t n = ids.dimensions()[0];
+    for (int64_t begin = 0; begin < n; begin += kPart) {
+      const int64_t end = std::min(begin + kPart, n);
+      tasks.push_back([=] { UpdateRows(step, update, begin, end); });
+    }
   }
-  if (first != slot.typed_data()) {
-    std::copy_n(slot.typed_data(), num_rows, first);
+  Run(pool, tasks);
+  return ffi::Error::Success();
+}
+
+// How many of `seen` [size], which ascends, lie below the rank-th item that is
+// not among them: below number k of it lie seen[k] - k others.
+int64_t SeenBelow(const int32_t* seen, int64_t size, int32_t rank) {
+  int64_t below = 0;
+  while (size > 0) {
+    const int64_t half = size / 2, at = below + half;
+    const bool more = seen[at] - at <= rank;
+    below = more ? at + 1 : below;
+    size = more ? size - half - 1 : half;
   }
-  const int32_t* const id = ids.typed_data();
-  const float* const grad = grads.typed_data();
-  const std::vector<int32_t> links = Link(id, n, num_rows, first);
-  const int32_t* const next = links.data();
-  InParts(pool, n, kPart, [=](int64_t begin, int64_t end) {
-    std::vector<float> sum;
+  return below;
+}
+
+// For ranks [..., n] of users [...] the items of these ranks among those that
+// a user has not seen; `indices` from indptr[user] on are those seen, sorted.
+ffi::Error UnseenItem(ffi::ThreadPool pool, Ints ranks, Ints users, Ints indptr,
+                      Ints indices, ffi::Result<Ints> items) {
+  const int64_t num = users.element_count(), n = ranks.dimensions().back();
+  if (ranks.element_count() != num * n) {
+    return ffi::Error::InvalidArgument("ranks are not [..., n] for users [...]");
+  }
+  const int32_t* const rank = ranks.typed_data();
+  const int32_t* const user = users.typed_data();
+  const int32_t* const start = indptr.typed_data();
+  const int32_t* const seen = indices.typed_data();
+  int32_t* const item = items->typed_data();
+  InParts(pool, num, kPart, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t ahead = i + kAhead;
-      if (ahead < end && IsRow(id[ahead], num_rows)) {
-        Prefetch(rows + id[ahead] * stride, stride);
-      }
-      if (IsRow(id[i], num_rows) && first[id[i]] == i) {
-        const float* total = SumRepeats(grad, d, next, i, sum);
-        TakeStep(step, rows + id[i] * stride, total, d);
+      const int32_t first = start[user[i]];
+      const int64_t size = start[user[i] + 1] - first;
+      for (int64_t j = i * n; j < (i + 1) * n; ++j) {
+        item[j] = rank[j] + SeenBelow(seen + first, size, rank[j]);
       }
     }
   });
@@ -296,31 +398,36 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_largest, Largest,
                                   .Ret<Floats>()
                                   .Ret<Ints>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_unseen_item, UnseenItem,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Ret<Ints>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_stable_order, StableOrder,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::U32>>()
                                   .Ret<Ints>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_read_rows, Read,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_touch_rows, Touch,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Ints>()
-                                  .Ret<Floats>());
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<ffi::Span<const int64_t>>("reads"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_adam_rows, Adam,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Ints>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
                                   .Attr<float>("b1")
                                   .Attr<float>("b2")
                                   .Attr<float>("fresh1")

@@ -1,10 +1,10 @@
-"""What XLA does slowly on CPUs, in C++: rows of tables, sorting, top-k.
+"""What XLA does slowly on CPUs, in C++: rows of tables, sorting, searching.
 
 What `tables` does in a dozen of XLA's operations, each a pass over all rows of
-the step, `kernels.cc` does in one, in a third of the time. It is compiled by
-the system's C++ compiler when it is first needed, and kept. Orders and lists
-are those of XLA, rows but for the last bits, as XLA joins products and sums
-here and there. Without a compiler, XLA's operations do the work.
+the step, `kernels.cc` does in two, in a third of the time. It is compiled by
+the system's C++ compiler when it is first needed, and kept. Orders, lists and
+negatives are those of XLA, rows but for the last bits, as XLA joins products
+and sums here and there. Without a compiler, XLA's operations do the work.
 """
 
 import ctypes
@@ -31,10 +31,10 @@ _FLAGS = (
 )
 _COMPILE_S = 120  # the longest that it may take
 _TARGETS = (
-  *("mmm_jax_read_rows", "mmm_jax_adam_rows"),
-  *("mmm_jax_stable_order", "mmm_jax_largest"),
+  *("mmm_jax_touch_rows", "mmm_jax_adam_rows"),
+  *("mmm_jax_stable_order", "mmm_jax_largest", "mmm_jax_unseen_item"),
 )
-_READ, _ADAM, _ORDER, _LARGEST = _TARGETS
+_TOUCH, _ADAM, _ORDER, _LARGEST, _UNSEEN = _TARGETS
 
 _registered = []  # the library, once JAX knows it; a process has one
 _log = logging.getLogger(__name__)
@@ -106,23 +106,43 @@ def _compiled(folder: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def read(packed: jax.Array, ids: jax.Array, width: int) -> jax.Array:
-  """The first `width` columns of rows: [R, w], [n] -> [n, width].
+def touch(touches: list[tuple]) -> list[tuple]:
+  """Rows of tables, and the places where each is in the ids.
 
-  Zeros where an id is PAD.
-  """
-  rows = jax.ShapeDtypeStruct((ids.shape[0], width), packed.dtype)
-  return jax.ffi.ffi_call(_READ, rows)(packed, ids)
-
-
-def adam(packed, slot, ids, grads, rate, count, *, b1, b2, eps):
-  """A step of Adam for each of the rows `ids`, with the sum of its gradients.
+  All tables at once: threads wake once, and find places beside reading.
 
   Args:
-    packed: [R, 3 * d] rows and moments, whose memory the result takes.
-    slot: [R] int32 scratch; any content.
-    ids: [n], PAD for none.
-    grads: [n, d].
+    touches: of each table (packed, slot, ids, sizes, d): [R, 3 * d] rows and
+      moments; [R] int32 scratch of any content, whose memory the result takes;
+      [n], PAD for none; lengths of the arrays of rows that are wanted of the
+      ids from the first on, or none.
+
+  Returns:
+    Of each table (slot, links, rows): what `adam` wants, and the arrays
+    [size, d], zeros where an id is PAD.
+  """
+  arguments, results, aliases = [], [], {}
+  for packed, slot, ids, sizes, width in touches:
+    aliases[len(arguments) + 1] = len(results)
+    arguments += [packed, slot, ids]
+    results += [jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in (slot, ids)]
+    results += [jax.ShapeDtypeStruct((n, width), packed.dtype) for n in sizes]
+  reads = np.array([len(sizes) for *_, sizes, _ in touches], np.int64)
+  call = jax.ffi.ffi_call(_TOUCH, results, input_output_aliases=aliases)
+  found = iter(call(*arguments, reads=reads))
+  return [
+    (next(found), next(found), [next(found) for _ in sizes])
+    for *_, sizes, _ in touches
+  ]
+
+
+def adam(updates, rate, count, *, b1, b2, eps):
+  """A step of Adam for touched rows, with the sums of their gradients.
+
+  Args:
+    updates: of each table (packed, slot, links, ids, grads): [R, 3 * d] rows
+      and moments, whose memory the result takes; both as `touch` gives them;
+      [n], PAD for none; [n, d].
     rate: learning rate.
     count: this update's number, from 1.
     b1: decay of the mean.
@@ -130,20 +150,16 @@ def adam(packed, slot, ids, grads, rate, count, *, b1, b2, eps):
     eps: Adam's.
 
   Returns:
-    The packed table and the scratch.
+    The packed rows of each table.
   """
-  step = jax.ffi.ffi_call(
-    _ADAM,
-    (
-      jax.ShapeDtypeStruct(packed.shape, packed.dtype),
-      jax.ShapeDtypeStruct(slot.shape, slot.dtype),
-    ),
-    input_output_aliases={0: 0, 1: 1},
-  )
+  shapes = [jax.ShapeDtypeStruct(u[0].shape, u[0].dtype) for u in updates]
+  first = 3  # of the arguments is a table
+  aliases = {first + 5 * t: t for t in range(len(updates))}
+  step = jax.ffi.ffi_call(_ADAM, shapes, input_output_aliases=aliases)
   unbias = lambda decay: 1 / jnp.float32(1 - decay**count)
   return step(
-    *(packed, slot, ids, grads),
     *(jnp.float32(rate), unbias(b1), unbias(b2)),
+    *(each for update in updates for each in update),
     b1=np.float32(b1),
     b2=np.float32(b2),
     fresh1=np.float32(1 - b1),
@@ -167,3 +183,15 @@ def largest(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   shape = (values.shape[0], k)
   found = [jax.ShapeDtypeStruct(shape, t) for t in (jnp.float32, jnp.int32)]
   return tuple(jax.ffi.ffi_call(_LARGEST, found)(values))
+
+
+def unseen_item(
+  rank: jax.Array, user: jax.Array, indptr: jax.Array, indices: jax.Array
+) -> jax.Array:
+  """`sampling.unseen_item` for [..., n] ranks of users [...]."""
+  call = jax.ffi.ffi_call(
+    _UNSEEN,
+    jax.ShapeDtypeStruct(rank.shape, jnp.int32),
+    vmap_method="expand_dims",  # what all examples share is not repeated
+  )
+  return call(rank, user, indptr, indices)

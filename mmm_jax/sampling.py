@@ -216,6 +216,7 @@ def negatives(
   num_items: int,
   max_seen: int,
   resample: bool,
+  in_cpp: bool = False,
 ) -> jax.Array:
   """Items for every example that are no training positives of its user.
 
@@ -231,12 +232,12 @@ def negatives(
     max_seen: most training items of a user.
     resample: new negatives in each epoch; otherwise an example keeps the same
       ones for ever, as the paper's text has it.
+    in_cpp: whether `kernels` are loaded, and to be used.
 
   Returns:
     [S, W, n] int32, uniform over the user's unseen items.
   """
   key = _key(keys, _NEGATIVES)
-  shape = (*user.shape, count)
   if resample:
     key, places = jax.random.fold_in(key, step), jnp.arange(user.shape[1])
   bits = bits_at(key, shard[:, None, None], places[..., None], range(count))
@@ -244,8 +245,11 @@ def negatives(
   user = jnp.where(real, user, 0)
   unseen = num_items - (seen.indptr[user + 1] - seen.indptr[user])
   rank = bounded(bits, unseen[..., None])
-  everyone = jnp.broadcast_to(user[..., None], shape)
-  item = unseen_item(rank, everyone, seen, max_seen=max_seen)
+  if in_cpp:
+    item = kernels.unseen_item(rank, user, *seen)
+  else:
+    everyone = jnp.broadcast_to(user[..., None], rank.shape)
+    item = unseen_item(rank, everyone, seen, max_seen=max_seen)
   # A user who has seen everything has no negative.
   real = real & (unseen > 0)
   return jnp.where(real[..., None], item, PAD)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmm_jax import errors, sampling
+from mmm_jax import errors, kernels, sampling
 from mmm_jax.datasets import networks, splits
 
 _INTERACTIONS, _USERS, _ITEMS = range(3)  # each bin of items has its own
@@ -535,5 +535,6 @@ def _negatives(user, places, shards, shared, step, sizes, config):
     num_items=sizes.num_items,
     max_seen=sizes.max_seen,
     resample=config.negatives.resample,
+    in_cpp=kernels.load(config),
   )
   return drawn.reshape(-1, drawn.shape[-1])

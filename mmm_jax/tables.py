@@ -41,8 +41,8 @@ class Table:
 class Optimizer(NamedTuple):
   """`step(rows, moments, grads, rate, count) -> rows, moments`, row by row.
 
-  `kernel(packed, slot, ids, grads, rate, count) -> packed, slot` does all of
-  `update_rows`, where there is one.
+  `kernel([(packed, slot, links, ids, grads)], rate, count) -> [packed]` does
+  all of `update_rows`, where there is one.
   """
 
   num_moments: int
@@ -98,35 +98,86 @@ def create(rows: jax.Array, rule: Optimizer) -> Table:
 
 
 class Touched(NamedTuple):
-  """What a step reads of a table: once, for the loss and for the update.
+  """What a step knows of the rows of a table that it touches, to update them.
 
-  A kernel comes back for the moments, so that only rows are read: [n, d].
+  XLA has read them, once, for the loss and for the update. A kernel comes back
+  for the moments; it has found out where the repeats are.
   """
 
   ids: jax.Array  # [n], PAD for none
-  packed: jax.Array  # [n, (1 + moments) * d or d], zeros where an id is PAD
+  packed: jax.Array | None  # [n, (1 + moments) * d], zeros where an id is PAD
+  slot: jax.Array  # [R] scratch
+  links: jax.Array | None = None  # [n]
 
 
-def touch(table: Table, ids: jax.Array) -> Touched:
-  """Reads what a step needs of the rows of ids [n]."""
-  if table.by_kernel:
-    return Touched(ids, kernels.read(table.packed, ids, table.width))
-  return Touched(ids, table.packed.at[ids].get(mode="fill", fill_value=0))
+def touch(
+  tables: dict[str, Table], slots: dict[str, jax.Array], ids: dict
+) -> dict[str, Touched]:
+  """What the update of the rows {table: ids [n]} needs."""
+  if any(table.by_kernel for table in tables.values()):
+    return _touch_by_kernel(tables, slots, ids, {name: () for name in ids})[1]
+  return {
+    name: Touched(
+      each,
+      tables[name].packed.at[each].get(mode="fill", fill_value=0),
+      slots[name],
+    )
+    for name, each in ids.items()
+  }
 
 
-def touch_uses(table: Table, uses: dict[str, jax.Array]) -> Touched:
-  """Reads the packed rows of {use: ids [...]}, one use after the other."""
-  ids = [each.reshape(-1) for each in jax.tree.leaves(uses)]
-  return touch(table, jnp.concatenate(ids))
+def _touch_by_kernel(tables, slots, ids, sizes):
+  """What `kernels.touch` reads of each table, and `Touched`."""
+  found = kernels.touch(
+    [
+      (tables[n].packed, slots[n], ids[n], sizes[n], tables[n].width)
+      for n in ids
+    ]
+  )
+  rows = {name: each[2] for name, each in zip(ids, found)}
+  touched = {
+    name: Touched(ids[name], None, slot, links)
+    for name, (slot, links, _) in zip(ids, found)
+  }
+  return rows, touched
 
 
-def rows_of_uses(table: Table, uses: dict[str, jax.Array], touched: Touched):
-  """The rows that `touch_uses` has read, by use: {use: [..., d]}."""
-  each, structure = jax.tree.flatten(uses)
-  ends = np.cumsum([ids.size for ids in each])
-  rows = jnp.split(touched.packed[:, : table.width], ends[:-1])
-  shaped = [r.reshape(*ids.shape, -1) for r, ids in zip(rows, each)]
-  return jax.tree.unflatten(structure, shaped)
+def read(
+  tables: dict[str, Table],
+  slots: dict[str, jax.Array],
+  lookups: dict[str, dict],
+) -> tuple[dict[str, dict], dict[str, Touched]]:
+  """Rows for {table: {use: ids [...]}}, and what their update needs.
+
+  Returns:
+    {table: {use: [..., d]}}, and `Touched` with the uses' ids one after the
+    other.
+  """
+  uses = {name: jax.tree.leaves(each) for name, each in lookups.items()}
+  sizes = {n: [each.size for each in all_ids] for n, all_ids in uses.items()}
+  ids = {
+    name: jnp.concatenate([each.reshape(-1) for each in all_ids])
+    for name, all_ids in uses.items()
+  }
+  if any(table.by_kernel for table in tables.values()):
+    rows, touched = _touch_by_kernel(tables, slots, ids, sizes)
+  else:
+    touched = touch(tables, slots, ids)
+    rows = {
+      name: jnp.split(
+        each.packed[:, : tables[name].width], np.cumsum(sizes[name])[:-1]
+      )
+      for name, each in touched.items()
+    }
+  shaped = {
+    name: [r.reshape(*x.shape, -1) for r, x in zip(rows[name], all_ids)]
+    for name, all_ids in uses.items()
+  }
+  structure = jax.tree.structure
+  return {
+    name: jax.tree.unflatten(structure(lookups[name]), each)
+    for name, each in shaped.items()
+  }, touched
 
 
 def new_slots(tables: dict[str, Table]) -> dict[str, jax.Array]:
@@ -138,37 +189,43 @@ def new_slots(tables: dict[str, Table]) -> dict[str, jax.Array]:
 
 
 def update_rows(
-  table: Table,
-  slot: jax.Array,
-  touched: Touched,
-  grads: jax.Array,
+  tables: dict[str, Table],
+  touched: dict[str, Touched],
+  grads: dict[str, jax.Array],
   *,
   rule: Optimizer,
   rate: jax.Array,
   count: jax.Array,
-) -> tuple[Table, jax.Array]:
+) -> tuple[dict[str, Table], dict[str, jax.Array]]:
   """Updates the touched rows, each once, with the sum of its gradients.
 
   Args:
-    table: the table.
-    slot: [R] int32 scratch; any content.
-    touched: rows of this table.
-    grads: [n, d].
+    tables: by name.
+    touched: rows of the tables.
+    grads: [n, d] of each.
     rule: row-wise optimiser.
     rate: learning rate.
     count: this update's number, from 1.
 
   Returns:
-    The table and the scratch.
+    The tables, and the scratch of those that were touched.
   """
   if rule.kernel:
-    packed, slot = rule.kernel(
-      table.packed, slot, touched.ids, grads, rate, count
-    )
-    return table.replace(packed=packed), slot
-  ids, grads, slot = sum_repeats(slot, touched.ids, grads)
-  new = _stepped(touched.packed, grads, table.width, rule, rate, count)
-  return table.replace(packed=table.packed.at[ids].set(new, mode="drop")), slot
+    updates = [
+      (tables[name].packed, each.slot, each.links, each.ids, grads[name])
+      for name, each in touched.items()
+    ]
+    packed = dict(zip(touched, rule.kernel(updates, rate, count)))
+    slots = {name: each.slot for name, each in touched.items()}
+  else:
+    packed, slots = {}, {}
+    for name, each in touched.items():
+      ids, sums, slots[name] = sum_repeats(each.slot, each.ids, grads[name])
+      width = tables[name].width
+      new = _stepped(each.packed, sums, width, rule, rate, count)
+      packed[name] = tables[name].packed.at[ids].set(new, mode="drop")
+  new = {name: tables[name].replace(packed=packed[name]) for name in touched}
+  return {**tables, **new}, slots
 
 
 def sum_repeats(slot: jax.Array, ids: jax.Array, grads: jax.Array):

@@ -132,7 +132,7 @@ def train_step(
     sums = {name: (term.total, term.count) for name, term in watched.items()}
     return loss, ({"loss": loss, **values}, sums)
 
-  rows, touched = rows_touched(state.tables, model.lookups(batch))
+  rows, touched = tables.read(state.tables, slots, model.lookups(batch))
   grads, seen = jax.grad(objective, argnums=(0, 1), has_aux=True)(
     state.params, rows
   )
@@ -174,7 +174,7 @@ def table_gradients(state, slots, batch, *, model, config, steps, weights):
     {term: norm of its weighted gradient over all rows of all tables, the
     category vectors among them}.
   """
-  rows, touched = rows_touched(state.tables, model.lookups(batch))
+  rows, touched = tables.read(state.tables, slots, model.lookups(batch))
   small = {n: x for n, x in state.params.items() if n == "category_vectors"}
 
   def weighted(small, rows):
@@ -216,16 +216,6 @@ def _side_by_side(grads, width):
   return jnp.concatenate([part.reshape(-1, width) for part in parts])
 
 
-def rows_touched(all_tables, lookups) -> tuple[dict, dict]:
-  """Rows for `lookups`, by table and use, and the `tables.Touched` of each."""
-  rows, touched = {}, {}
-  for name, uses in lookups.items():
-    table = all_tables[name]
-    touched[name] = tables.touch_uses(table, uses)
-    rows[name] = tables.rows_of_uses(table, uses, touched[name])
-  return rows, touched
-
-
 def _means(terms: dict[str, losses.Term]):
   """This device's share of each term's mean over the global batch."""
   # Side by side, as an operation on a single number is a kernel of its own.
@@ -248,20 +238,19 @@ def _sums(term: losses.Term, steps: int):
 def _update_tables(state, slots, touched, grads, config):
   rule, rate = row_rule(config), learning_rate(config)(state.step)
   settings = dict(rule=rule, rate=rate, count=state.step + 1)
-  new_tables, new_slots = dict(state.tables), dict(slots)
-  for name, read in touched.items():
-    table = state.tables[name]
-    grad = _side_by_side(grads[name], table.width)
-    if lax.axis_size(parallel.AXIS) > 1:
-      ids, grad = lax.all_gather((read.ids, grad), parallel.AXIS, tiled=True)
-      read = tables.touch(table, ids)
-    if config.tables["update"] == "dense":
-      new_tables[name] = tables.update_dense(table, read.ids, grad, **settings)
-    else:
-      new_tables[name], new_slots[name] = tables.update_rows(
-        table, slots[name], read, grad, **settings
-      )
-  return new_tables, new_slots
+  grads = {n: _side_by_side(grads[n], state.tables[n].width) for n in touched}
+  if lax.axis_size(parallel.AXIS) > 1:
+    ids = {name: each.ids for name, each in touched.items()}
+    ids, grads = lax.all_gather((ids, grads), parallel.AXIS, tiled=True)
+    touched = tables.touch(state.tables, slots, ids)
+  if config.tables["update"] == "dense":
+    new = {
+      n: tables.update_dense(state.tables[n], each.ids, grads[n], **settings)
+      for n, each in touched.items()
+    }
+    return {**state.tables, **new}, slots
+  new, used = tables.update_rows(state.tables, touched, grads, **settings)
+  return new, {**slots, **used}
 
 
 def make_train_chunk(model, config, sizes, weights, engine, *, resident: bool):

@@ -25,9 +25,10 @@ pytestmark = pytest.mark.skipif(
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def adam(packed, slot, ids, grads, count):
-  return kernels.adam(
-    packed, slot, ids, grads, RATE, count, b1=0.8, b2=0.9, eps=1e-3
-  )
+  ((slot, links, _),) = kernels.touch([(packed, slot, ids, (), 0)])
+  update = packed, slot, links, ids, grads
+  (new,) = kernels.adam([update], RATE, count, b1=0.8, b2=0.9, eps=1e-3)
+  return new, slot
 
 
 def by_numpy(packed, ids, grads, count):
@@ -95,10 +96,53 @@ def test_many_rows_by_several_threads_are_those_of_numpy():
 
 def test_rows_are_read_and_padding_is_zero():
   packed = np.arange(18, dtype=np.float32).reshape(3, 6)
-  ids = jnp.array([2, PAD, 0, 2], jnp.int32)
-  read = jax.jit(kernels.read, static_argnums=2)(packed, ids, 2)
-  expected = [[12, 13], [0, 0], [0, 1], [12, 13]]
-  np.testing.assert_array_equal(read, expected)
+  ids = jnp.array([2, PAD, 0, 2, 1], jnp.int32)
+  slot = jnp.zeros(3, jnp.int32)
+  touch = jax.jit(lambda *args: kernels.touch([(*args, (3, 1), 2)]))
+  ((_, _, rows),) = touch(packed, slot, ids)
+  np.testing.assert_array_equal(rows[0], [[12, 13], [0, 0], [0, 1]])
+  np.testing.assert_array_equal(rows[1], [[12, 13]])  # the last is not wanted
+
+
+def test_places_of_a_row_are_linked():
+  ids = jnp.array([2, PAD, 0, 2, 3, 2], jnp.int32)  # there is no row 3
+  slot = jnp.array([4, 5, 5], jnp.int32)  # any numbers
+  touch = jax.jit(
+    lambda *args: kernels.touch([(jnp.ones((3, 6)), *args, (), 2)])
+  )
+  ((first, following, rows),) = touch(slot, ids)
+  np.testing.assert_array_equal(first, [2, 5, 0])  # no place is of row 1
+  np.testing.assert_array_equal(following, [3, -1, -1, 5, -1, -1])
+  assert not rows
+
+
+def test_tables_are_touched_and_updated_side_by_side():
+  rng = np.random.default_rng(1)
+  sizes = ((30, 700, 5), (4000, 900, 16))  # rows, touched, width
+  packed = [table_of(rng, rows, width) for rows, _, width in sizes]
+  ids = [rng.integers(0, rows, n).astype(np.int32) for rows, n, _ in sizes]
+  grads = [rng.standard_normal((n, d)).astype(np.float32) for _, n, d in sizes]
+
+  @jax.jit
+  def step(packed, ids, grads, count):
+    touches = [
+      (table, jnp.zeros(rows, jnp.int32), each, (n - 1, 1), width)
+      for table, each, (rows, n, width) in zip(packed, ids, sizes)
+    ]
+    found = kernels.touch(touches)
+    updates = [
+      (table, slot, links, each, grad)
+      for table, (slot, links, _), each, grad in zip(packed, found, ids, grads)
+    ]
+    new = kernels.adam(updates, RATE, count, b1=0.8, b2=0.9, eps=1e-3)
+    return [rows for *_, rows in found], new
+
+  rows, new = step(packed, ids, grads, jnp.int32(1))
+  for t, (_, _, width) in enumerate(sizes):
+    read = np.concatenate(rows[t])
+    np.testing.assert_array_equal(read, packed[t][ids[t], :width])
+    expected = by_numpy(packed[t], ids[t], grads[t], 1)
+    np.testing.assert_array_equal(new[t], expected)
 
 
 def test_an_update_takes_the_place_of_its_table():
@@ -143,6 +187,38 @@ def test_the_largest_are_those_of_a_sort(seed, size, k, alike):
   np.testing.assert_array_equal(found, -np.sort(-values)[:, :k])
   np.testing.assert_array_equal(found, np.take_along_axis(values, at, 1))
   assert all(len(set(places)) == k for places in np.asarray(at).tolist())
+
+
+@given(
+  seed=st.integers(0, 2**31),
+  items=st.sampled_from([1, 2, 9, 300]),
+  share=st.sampled_from([0.0, 0.1, 0.9, 1.0]),
+)
+@settings(max_examples=40, deadline=None)
+def test_an_unseen_item_is_the_rank_th_of_the_rest(seed, items, share):
+  rng = np.random.default_rng(seed)
+  seen = rng.random((3, items)) < share
+  indptr = np.concatenate([[0], seen.sum(1).cumsum()]).astype(np.int32)
+  indices = np.append(np.nonzero(seen)[1], PAD).astype(np.int32)
+  users = rng.integers(0, 3, (2, 400)).astype(np.int32)
+  rest = [np.flatnonzero(~own) for own in seen]
+  left = np.array([len(each) for each in rest])[users]
+  ranks = rng.integers(0, np.maximum(left, 1), (5, 2, 400)).astype(np.int32)
+  ranks = np.moveaxis(ranks, 0, -1)
+  find = lambda rank, user: kernels.unseen_item(rank, user, indptr, indices)
+  for function in (find, jax.vmap(find)):  # with and without a batch of both
+    found = np.asarray(jax.jit(function)(ranks, users))
+    for user in range(3):
+      own = users == user
+      if len(rest[user]):
+        np.testing.assert_array_equal(found[own], rest[user][ranks[own]])
+
+
+def test_ranks_that_do_not_fit_their_users_are_an_error():
+  call = jax.jit(kernels.unseen_item)
+  two, three = jnp.zeros((2, 4), jnp.int32), jnp.zeros(3, jnp.int32)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="for users"):
+    call(two, three, three, three).block_until_ready()
 
 
 @pytest.mark.parametrize("variant", ["pmf", "full"])

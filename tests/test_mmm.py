@@ -306,7 +306,8 @@ def loss_terms(model, tables, batch, categories=None, params=None):
     name: update.tables.create(jnp.asarray(rows), rule)
     for name, rows in tables.items()
   }
-  rows = update.rows_touched(whole, model.lookups(batch))[0]
+  slots = update.tables.new_slots(whole)
+  rows, _ = update.tables.read(whole, slots, model.lookups(batch))
   terms, _ = model.apply(
     {"params": params or {}}, rows, batch, categories, method="loss"
   )

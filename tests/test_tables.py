@@ -21,15 +21,16 @@ def rule_of(name):
 
 @functools.partial(jax.jit, static_argnames="name")
 def by_rows(table, slot, ids, grads, count, *, name):
-  return tables.update_rows(
-    table,
-    slot,
-    tables.touch(table, ids),
-    grads,
+  all_tables = {"any": table}
+  new, slots = tables.update_rows(
+    all_tables,
+    tables.touch(all_tables, {"any": slot}, {"any": ids}),
+    {"any": grads},
     rule=rule_of(name),
     rate=RATE,
     count=count,
   )
+  return new["any"], slots["any"]
 
 
 @functools.partial(jax.jit, static_argnames="name")
@@ -140,7 +141,9 @@ def test_dense_adam_moves_a_row_that_pauses_and_the_lazy_one_does_not():
 def test_touching_reads_rows_and_moments_and_zeros_for_padding():
   table = start("adam")
   table = table.replace(packed=table.packed + 0.5)
-  found = tables.touch(table, jnp.array([1, PAD, 5]))
+  slots = tables.new_slots({"any": table})
+  ids = {"any": jnp.array([1, PAD, 5])}
+  found = tables.touch({"any": table}, slots, ids)["any"]
   assert (found.ids == jnp.array([1, PAD, 5])).all()
   assert (found.packed[0] == table.packed[1]).all()
   assert (found.packed[1] == 0).all()
@@ -150,7 +153,10 @@ def test_touching_reads_rows_and_moments_and_zeros_for_padding():
 def test_rows_come_back_in_the_shapes_of_their_uses():
   table = start("adam")
   uses = {"b": jnp.array([[0, PAD], [2, 2]]), "a": jnp.array([1])}
-  found = tables.rows_of_uses(table, uses, tables.touch_uses(table, uses))
+  slots = tables.new_slots({"any": table})
+  rows, touched = tables.read({"any": table}, slots, {"any": uses})
+  assert (touched["any"].ids == jnp.array([1, 0, PAD, 2, 2])).all()
+  found = rows["any"]
   assert found["a"].shape == (1, DIM)
   assert found["b"].shape == (2, 2, DIM)
   assert (found["a"][0] == table.rows[1]).all()
