@@ -118,7 +118,8 @@ void Link(const int32_t* id, int64_t n, int64_t num_rows, int32_t* slot,
 // follow each other in the ids.
 ffi::Error Touch(ffi::ThreadPool pool, ffi::RemainingArgs args,
                  ffi::RemainingRets results, ffi::Span<const int64_t> reads) {
-  Tasks links, readings;
+  // To link takes longest: it comes first, and reading fills up the rest.
+  Tasks tasks, readings;
   size_t result = 0;
   for (size_t t = 0; t < reads.size(); ++t) {
     const Floats table = *args.get<Floats>(3 * t);
@@ -135,7 +136,7 @@ ffi::Error Touch(ffi::ThreadPool pool, ffi::RemainingArgs args,
     const float* const from = table.typed_data();
     const int32_t* id = ids.typed_data();
     const int64_t n = ids.element_count();
-    links.push_back([=] { Link(id, n, num_rows, first, next); });
+    tasks.push_back([=] { Link(id, n, num_rows, first, next); });
     for (int64_t read = 0; read < reads[t]; ++read) {
       ffi::Result<Floats> rows = *results.get<Floats>(result++);
       const int64_t size = rows->dimensions()[0], d = rows->dimensions()[1];
@@ -149,8 +150,6 @@ ffi::Error Touch(ffi::ThreadPool pool, ffi::RemainingArgs args,
       id += size;
     }
   }
-  // Links take longest: they come first, and reading fills up the rest.
-  Tasks& tasks = links;
   tasks.insert(tasks.end(), readings.begin(), readings.end());
   Run(pool, tasks);
   return ffi::Error::Success();

@@ -114,32 +114,13 @@ def touch(
   tables: dict[str, Table], slots: dict[str, jax.Array], ids: dict
 ) -> dict[str, Touched]:
   """What the update of the rows {table: ids [n]} needs."""
-  if any(table.by_kernel for table in tables.values()):
-    return _touch_by_kernel(tables, slots, ids, {name: () for name in ids})[1]
-  return {
-    name: Touched(
-      each,
-      tables[name].packed.at[each].get(mode="fill", fill_value=0),
-      slots[name],
-    )
-    for name, each in ids.items()
-  }
-
-
-def _touch_by_kernel(tables, slots, ids, sizes):
-  """What `kernels.touch` reads of each table, and `Touched`."""
-  found = kernels.touch(
-    [
-      (tables[n].packed, slots[n], ids[n], sizes[n], tables[n].width)
-      for n in ids
-    ]
+  if _by_kernel(tables):
+    nothing = {name: () for name in ids}
+    return _touch_by_kernel(tables, slots, ids, nothing)[1]
+  read = lambda name: (
+    tables[name].packed.at[ids[name]].get(mode="fill", fill_value=0)
   )
-  rows = {name: each[2] for name, each in zip(ids, found)}
-  touched = {
-    name: Touched(ids[name], None, slot, links)
-    for name, (slot, links, _) in zip(ids, found)
-  }
-  return rows, touched
+  return {name: Touched(ids[name], read(name), slots[name]) for name in ids}
 
 
 def read(
@@ -154,30 +135,47 @@ def read(
     other.
   """
   uses = {name: jax.tree.leaves(each) for name, each in lookups.items()}
-  sizes = {n: [each.size for each in all_ids] for n, all_ids in uses.items()}
-  ids = {
-    name: jnp.concatenate([each.reshape(-1) for each in all_ids])
-    for name, all_ids in uses.items()
-  }
-  if any(table.by_kernel for table in tables.values()):
-    rows, touched = _touch_by_kernel(tables, slots, ids, sizes)
+  sizes = {name: [ids.size for ids in each] for name, each in uses.items()}
+  joined = lambda each: jnp.concatenate([ids.reshape(-1) for ids in each])
+  ids = {name: joined(each) for name, each in uses.items()}
+  if _by_kernel(tables):
+    arrays, touched = _touch_by_kernel(tables, slots, ids, sizes)
   else:
     touched = touch(tables, slots, ids)
-    rows = {
-      name: jnp.split(
-        each.packed[:, : tables[name].width], np.cumsum(sizes[name])[:-1]
-      )
+    arrays = {
+      name: _cut(each.packed[:, : tables[name].width], sizes[name])
       for name, each in touched.items()
     }
-  shaped = {
-    name: [r.reshape(*x.shape, -1) for r, x in zip(rows[name], all_ids)]
-    for name, all_ids in uses.items()
-  }
-  structure = jax.tree.structure
-  return {
-    name: jax.tree.unflatten(structure(lookups[name]), each)
-    for name, each in shaped.items()
-  }, touched
+  rows = {name: _shaped(arrays[name], lookups[name]) for name in lookups}
+  return rows, touched
+
+
+def _by_kernel(tables):
+  return any(table.by_kernel for table in tables.values())
+
+
+def _touch_by_kernel(tables, slots, ids, sizes):
+  """For each table the arrays of rows of these sizes, and `Touched`."""
+  found = kernels.touch(
+    [
+      (tables[name].packed, slots[name], ids[name], each, tables[name].width)
+      for name, each in sizes.items()
+    ]
+  )
+  arrays, touched = {}, {}
+  for name, (slot, links, arrays[name]) in zip(sizes, found):
+    touched[name] = Touched(ids[name], None, slot, links)
+  return arrays, touched
+
+
+def _cut(rows, sizes):
+  return jnp.split(rows, np.cumsum(sizes)[:-1])
+
+
+def _shaped(arrays, uses):
+  each, structure = jax.tree.flatten(uses)
+  shaped = [x.reshape(*ids.shape, -1) for x, ids in zip(arrays, each)]
+  return jax.tree.unflatten(structure, shaped)
 
 
 def new_slots(tables: dict[str, Table]) -> dict[str, jax.Array]:
