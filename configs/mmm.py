@@ -75,6 +75,7 @@ def get_config(variants: str = "") -> ConfigDict:
   c.remedies.history_around = False  # in training, of the items next in time
   c.remedies.frozen_categories = False  # H4: w follows its centroid alone
   c.remedies.count_power = 0.0  # a positive weighs ln(1 + times watched)^this
+  c.remedies.ema_decay = 0.0  # of parameters, by the epoch; the mean is scored
 
   # What a part is worth: the same model with that part made meaningless.
   c.controls = ConfigDict()
@@ -117,6 +118,8 @@ def search_space(c) -> dict:
     space["remedies.history_in_user"] = ("log", 0.1, 2.0)
   if c.remedies.count_power:
     space["remedies.count_power"] = ("uniform", 0.5, 2.0)
+  if c.remedies.ema_decay:
+    space["remedies.ema_decay"] = ("uniform", 0.5, 0.9)
   if c.num_categories:
     space["weights.category"] = ("log", 0.1, 100.0)
     space["weights.category_prior"] = ("log", 0.1, 100.0)

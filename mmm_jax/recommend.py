@@ -92,7 +92,7 @@ def load_run(
     path, made, data=run.dataset.fingerprint, split=run.split.fingerprint
   )
   state = assemble.initial_state(run)
-  template = {"state": state, "best": scoring.snapshot(state, -np.inf)}
+  template = scoring.to_keep(state, config)
   folder = workdir.absolute() / "checkpoints"
   with checkpoint.open_manager(folder, keep=config.checkpoint.keep) as manager:
     try:  # An older one may hold other parameters than result.json is of.
@@ -103,7 +103,7 @@ def load_run(
         f" ({type(error).__name__}), wanted the one that the run ended with;"
         " delete result.json and run its command again"
       ) from error
-  return run, scoring.reported(found["state"], found["best"])
+  return run, scoring.reported(found)
 
 
 def choose_users(run: assemble.Run, wanted: str) -> np.ndarray:

@@ -93,6 +93,34 @@ def snapshot(state: update.TrainState, metric: float) -> Best:
   return Best(params, rows, categories, np.float64(metric), step, np.int32(0))
 
 
-def reported(state: update.TrainState, best: Best) -> Best:
+def averaged(before: Best, now: Best, decay: float) -> Best:
+  """`now` with a moving average of parameters and rows; ours.
+
+  decay * before + (1 - decay) * now: steps that still go to and fro take turns
+  on both sides of where they lead.
+  """
+
+  def mix(old, new):
+    return new + np.float32(decay) * (old - new)
+
+  parts = {"params": now.params, "rows": now.rows}
+  old = {"params": before.params, "rows": before.rows}
+  return now.replace(**jax.tree.map(mix, old, parts))
+
+
+def to_keep(state: update.TrainState, config) -> dict:
+  """What a checkpoint holds, of a run that begins with `state`."""
+  fresh = snapshot(state, -np.inf)
+  average = {"average": fresh} if config.remedies.ema_decay else {}
+  return {"state": state, "best": fresh, **average}
+
+
+def current(kept: dict) -> Best:
+  """The parameters to score now, of what `to_keep` names."""
+  return kept.get("average") or snapshot(kept["state"], -np.inf)
+
+
+def reported(kept: dict) -> Best:
   """The parameters to report: the best validated ones, else the last."""
-  return best if np.isfinite(best.metric) else snapshot(state, -np.inf)
+  best = kept["best"]
+  return best if np.isfinite(best.metric) else current(kept)

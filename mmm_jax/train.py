@@ -77,12 +77,12 @@ class Trainer:
     """Puts data and the state, new or restored, on the devices."""
     run, engine = self.run, self.engine
     state = assemble.initial_state(run)
-    best = scoring.snapshot(state, -np.inf)
-    template = {"state": state, "best": best}
+    template = scoring.to_keep(state, self.config)
     found = checkpoint.restore(self.checkpoints, template)
-    if found is not None:
-      state, best = found["state"], found["best"]
-    self.best, self.step = best, int(state.step)
+    kept = template if found is None else found
+    state, self.best = kept["state"], kept["best"]
+    self.average = kept.get("average")
+    self.step = int(state.step)
     parallel.check_alike("the checkpoint they read", str(self.step))
     last = self.log.last_step()
     if found is not None or last:
@@ -250,9 +250,18 @@ class Trainer:
     row = dict(self.run.facts)
     if self._categories_due(epoch):
       row |= self.cluster(epoch)
+    if self.config.remedies.ema_decay:
+      self.average = self._average(epoch)
     if self.validation_due(epoch):
       row |= self.validate()
     return row
+
+  def _average(self, epoch):
+    now = scoring.snapshot(self.engine.first(self.state), -np.inf)
+    if epoch == 1:  # first values say nothing
+      return now
+    decay = self.config.remedies.ema_decay
+    return scoring.averaged(self.average, now, decay)
 
   def gradients_due(self, epoch: int) -> bool:
     return self.config.log.gradients and self.validation_due(epoch)
@@ -293,7 +302,7 @@ class Trainer:
     """Scores the validation part; keeps the parameters if they are the best."""
     self._check_state()
     with self.manifest.timed("validation"):
-      now = scoring.snapshot(self.engine.first(self.state), -np.inf)
+      now = scoring.current(self.kept())
       result, _ = scoring.score_protocols(self.run, now, ("valid",), ("full",))
     metrics = result["full"]["valid"]
     if metrics[SELECT] > self.best.metric:
@@ -305,12 +314,17 @@ class Trainer:
 
   # -- saving
 
+  def kept(self) -> dict:
+    """What a checkpoint holds, as `scoring.to_keep` has it."""
+    average = {} if self.average is None else {"average": self.average}
+    state = self.engine.first(self.state)
+    return {"state": state, "best": self.best, **average}
+
   def save(self):
     self._check_state()
     parallel.on_first(lambda: folders.check_there(self.workdir))
-    tree = {"state": self.engine.first(self.state), "best": self.best}
     with self.manifest.timed("checkpoints"):
-      checkpoint.save(self.checkpoints, self.step, tree)
+      checkpoint.save(self.checkpoints, self.step, self.kept())
     self.manifest.values["step"] = self.step
     self.manifest.values["best_step"] = int(self.best.step)
     self.manifest.write()
@@ -349,7 +363,7 @@ def train(trainer: Trainer) -> scoring.Best:
     while not trainer.finished():
       trainer.train_epoch(progress)
   trainer.save()
-  return scoring.reported(trainer.engine.first(trainer.state), trainer.best)
+  return scoring.reported(trainer.kept())
 
 
 def train_and_evaluate(config, workdir, *, started=lambda: None) -> dict:

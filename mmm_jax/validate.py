@@ -22,6 +22,7 @@ NO_RESULT = (*PLACES, "checkpoint", "log", "parallel")
 LATER = {
   "parallel.kernels": False,
   "remedies.count_power": 0.0,
+  "remedies.ema_decay": 0.0,
   "remedies.history_around": False,
 }
 
@@ -98,6 +99,7 @@ RANGES = {
   "remedies.networks_in_user": (0, math.inf),
   "remedies.history_in_user": (0, math.inf),
   "remedies.count_power": (0, 10),
+  "remedies.ema_decay": (0, _BELOW_ONE),
 }
 
 POSITIVE = (

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import faults
-from mmm_jax import checkpoint, command, errors, logs, train, update
+from mmm_jax import checkpoint, command, errors, logs, scoring, train, update
 import toy
 
 
@@ -212,37 +212,68 @@ def test_a_folder_that_may_not_be_read_is_not_damaged(
     assert_bits(checkpoint.restore(manager, make_tree(0)), make_tree(2))
 
 
-def start(tmp_path):
-  config = toy.get_config("cat", log__every_steps=4)
+def start(tmp_path, **changes):
+  config = toy.get_config("cat", log__every_steps=4, **changes)
   run = toy.make_run(config, toy.random_data(40, 60))
   trainer = train.Trainer(run, tmp_path, toy.make_engine())
   trainer.start()
   return trainer
 
 
-def finish(trainer):
-  """Trains to the end of the second epoch; the state."""
+def train_epochs(trainer, number):
   progress = logs.Progress(1, done=0, primary=False)
-  while trainer.step < 2 * trainer.sizes.steps:
+  while trainer.step < number * trainer.sizes.steps:
     trainer.train_epoch(progress)
+
+
+def finish(trainer):
+  """Trains to the end of the second epoch; all that is kept."""
+  train_epochs(trainer, 2)
   trainer.close()
-  return toy.to_host(trainer.engine.first(trainer.state))
+  return toy.to_host(trainer.kept())
 
 
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
-  expected = finish(start(tmp_path / "whole"))
-  stopped = start(tmp_path / "stopped")
-  progress = logs.Progress(1, done=0, primary=False)
+@pytest.mark.parametrize("changes", [{}, {"remedies__ema_decay": 0.5}])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, changes):
+  expected = finish(start(tmp_path / "whole", **changes))
+  assert ("average" in expected) == bool(changes)
+  stopped = start(tmp_path / "stopped", **changes)
+  train_epochs(stopped, 1)
   stopped.stop_asked = True
   chunk = update.chunk_steps(stopped.config, stopped.sizes)
   assert 1 < chunk < stopped.sizes.steps
-  with pytest.raises(command.Stopped, match=f"step {chunk};"):
-    stopped.train_epoch(progress)
+  at = stopped.sizes.steps + chunk
+  with pytest.raises(command.Stopped, match=f"step {at};"):
+    train_epochs(stopped, 2)
   stopped.close()
-  resumed = start(tmp_path / "stopped")
-  assert resumed.step == chunk
+  resumed = start(tmp_path / "stopped", **changes)
+  assert resumed.step == at
   assert resumed.manifest.values["redone_steps"] == 0
   assert_bits(finish(resumed), expected)
+
+
+def test_what_is_scored_is_the_mean_of_epochs(tmp_path, monkeypatch):
+  trainer = start(tmp_path, remedies__ema_decay=0.25)
+  after = []
+  for epoch in (1, 2, 3):
+    train_epochs(trainer, epoch)
+    after.append(toy.to_host(scoring.snapshot(trainer.state, -np.inf)))
+  scored = []
+
+  def score(_, best, *__):
+    scored.append(best)
+    return {"full": {"valid": {"ndcg@20": 0.5}}}, {}
+
+  monkeypatch.setattr(scoring, "score_protocols", score)
+  trainer.validate()
+  trainer.close()
+  first, second, third = (each.rows["user"] for each in after)
+  mean = 0.25 * (0.25 * first + 0.75 * second) + 0.75 * third
+  for found in (*scored, trainer.best, trainer.kept()["average"]):
+    np.testing.assert_allclose(found.rows["user"], mean, rtol=1e-5, atol=1e-7)
+    same = found.categories.assignment == after[2].categories.assignment
+    assert same.all()
+  assert len(scored) == 1
 
 
 def test_checksums_are_of_what_several_processes_write():
