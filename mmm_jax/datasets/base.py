@@ -27,7 +27,7 @@ from mmm_jax.datasets import networks, rawfiles, splits
 from mmm_jax.datasets import records as records_lib
 
 SETS = ("simulated", "microlens", "hetrec_lastfm", "tiktok")
-SCHEMA = 1  # raised whenever the records would look different
+SCHEMA = 2  # raised whenever the records would look different
 
 
 @dataclasses.dataclass
