@@ -104,6 +104,10 @@ void ReadRows(const float* table, int64_t num_rows, int64_t stride,
 void Link(const int32_t* id, int64_t n, int64_t num_rows, int32_t* slot,
           int32_t* next) {
   for (int64_t i = n - 1; i >= 0; --i) {
+    const int64_t ahead = i - kAhead;
+    if (ahead >= 0 && IsRow(id[ahead], num_rows)) {
+      __builtin_prefetch(slot + id[ahead], 1);
+    }
     next[i] = kNone;
     if (!IsRow(id[i], num_rows)) continue;
     const int32_t found = slot[id[i]];
@@ -207,6 +211,7 @@ void UpdateRows(const AdamStep& step, const Update& u, int64_t begin,
     const int64_t ahead = i + kAhead;
     if (ahead < end && IsRow(u.id[ahead], u.num_rows)) {
       Prefetch(u.rows + u.id[ahead] * stride, stride);
+      __builtin_prefetch(u.first + u.id[ahead]);
     }
     if (IsRow(u.id[i], u.num_rows) && u.first[u.id[i]] == i) {
       const float* total = SumRepeats(u.grads, u.d, u.next, i, sum);
@@ -285,6 +290,10 @@ ffi::Error UnseenItem(ffi::ThreadPool pool, Ints ranks, Ints users, Ints indptr,
   int32_t* const item = items->typed_data();
   InParts(pool, num, kPart, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      if (i + 2 * kAhead < end) {
+        __builtin_prefetch(start + user[i + 2 * kAhead]);
+        __builtin_prefetch(seen + start[user[i + kAhead]]);
+      }
       const int32_t first = start[user[i]];
       const int64_t size = start[user[i] + 1] - first;
       for (int64_t j = i * n; j < (i + 1) * n; ++j) {
