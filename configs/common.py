@@ -89,7 +89,7 @@ def base() -> ml_collections.ConfigDict:
   c.input = ml_collections.ConfigDict()
   c.input.content_budget_mb = 1024.0  # more than this streams
   c.input.standardise = False  # vectors to mean 0 and variance 1; ours
-  c.input.threads = 4
+  c.input.threads = 4  # at most; one reads a chunk
   c.input.prefetch_batches = 16  # steps that are read ahead, in whole chunks
 
   c.parallel = ml_collections.ConfigDict()

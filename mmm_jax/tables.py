@@ -100,8 +100,8 @@ def create(rows: jax.Array, rule: Optimizer) -> Table:
 class Touched(NamedTuple):
   """What a step knows of the rows of a table that it touches, to update them.
 
-  XLA has read them, once, for the loss and for the update. A kernel comes back
-  for the moments; it has found out where the repeats are.
+  XLA has read them with their moments. A kernel comes back for the moments; it
+  has found out where the repeats are.
   """
 
   ids: jax.Array  # [n], PAD for none

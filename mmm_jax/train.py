@@ -258,7 +258,9 @@ class Trainer:
 
   def _average(self, epoch):
     now = scoring.snapshot(self.engine.first(self.state), -np.inf)
-    if epoch == 1:  # first values say nothing
+    # First values say nothing, those of categories until there are some.
+    seeded = self.config.kmeans.warmup_epochs * bool(self.config.num_categories)
+    if epoch <= max(1, seeded):
       return now
     decay = self.config.remedies.ema_decay
     return scoring.averaged(self.average, now, decay)

@@ -242,6 +242,8 @@ def _update_tables(state, slots, touched, grads, config):
   if lax.axis_size(parallel.AXIS) > 1:
     ids = {name: each.ids for name, each in touched.items()}
     ids, grads = lax.all_gather((ids, grads), parallel.AXIS, tiled=True)
+    # The scratch that was used, or XLA would copy it to keep the other.
+    slots = {**slots, **{name: each.slot for name, each in touched.items()}}
     touched = tables.touch(state.tables, slots, ids)
   if config.tables["update"] == "dense":
     new = {

@@ -252,8 +252,11 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, changes):
   assert_bits(finish(resumed), expected)
 
 
-def test_what_is_scored_is_the_mean_of_epochs(tmp_path, monkeypatch):
-  trainer = start(tmp_path, remedies__ema_decay=0.25)
+@pytest.mark.parametrize("warmup", [1, 2])
+def test_what_is_scored_is_the_mean_of_epochs(tmp_path, monkeypatch, warmup):
+  trainer = start(
+    tmp_path, remedies__ema_decay=0.25, kmeans__warmup_epochs=warmup
+  )
   after = []
   for epoch in (1, 2, 3):
     train_epochs(trainer, epoch)
@@ -267,13 +270,23 @@ def test_what_is_scored_is_the_mean_of_epochs(tmp_path, monkeypatch):
   monkeypatch.setattr(scoring, "score_protocols", score)
   trainer.validate()
   trainer.close()
-  first, second, third = (each.rows["user"] for each in after)
-  mean = 0.25 * (0.25 * first + 0.75 * second) + 0.75 * third
-  for found in (*scored, trainer.best, trainer.kept()["average"]):
-    np.testing.assert_allclose(found.rows["user"], mean, rtol=1e-5, atol=1e-7)
+  kept = trainer.kept()
+  for found in (*scored, trainer.best, kept["average"]):
     same = found.categories.assignment == after[2].categories.assignment
     assert same.all()
+    for values in (
+      lambda each: each.rows["user"],
+      lambda each: each.params["category_vectors"],
+    ):
+      first, second, third = (values(each) for each in after)
+      # Before the first K-means nothing is averaged.
+      mean = 0.25 * first + 0.75 * second if warmup == 1 else second
+      mean = 0.25 * mean + 0.75 * third
+      np.testing.assert_allclose(values(found), mean, rtol=1e-5, atol=1e-7)
   assert len(scored) == 1
+  not_validated = kept | {"best": scoring.snapshot(trainer.state, -np.inf)}
+  assert scoring.reported(not_validated) is kept["average"]
+  assert scoring.reported(kept) is kept["best"]
 
 
 def test_checksums_are_of_what_several_processes_write():

@@ -33,10 +33,13 @@ def make_content(**changes):
   return input_pipeline.ItemContent(**values | changes)
 
 
-def test_content_goes_by_record_number():
-  found = make_content()(np.array([1, 3]))
-  np.testing.assert_array_equal(found["visual"], PICTURES[[2, 0]])
-  np.testing.assert_array_equal(found["text"], TOKENS[[1, 3]])
+@pytest.mark.parametrize("block", [1, 2, 1024])
+def test_content_goes_by_record_number(monkeypatch, block):
+  monkeypatch.setattr(input_pipeline, "_BLOCK", block)
+  found = make_content()(np.array([1, PAD, 3, 0]))
+  wanted = [PICTURES[2], np.zeros(3), PICTURES[0], PICTURES[3]]
+  np.testing.assert_array_equal(found["visual"], wanted)
+  np.testing.assert_array_equal(found["text"][[0, 2, 3]], TOKENS[[1, 3, 0]])
 
 
 def test_padding_reads_nothing():
@@ -91,7 +94,9 @@ def test_streamed_chunks_hold_the_content_of_their_steps():
   assert last.shape == first.shape  # a short chunk is not compiled again
 
 
-def test_resident_content_lies_in_the_places_of_the_stream():
+@pytest.mark.parametrize("block", [3, 1024])
+def test_resident_content_lies_in_the_places_of_the_stream(monkeypatch, block):
+  monkeypatch.setattr(input_pipeline, "_BLOCK", block)
   items = np.array([[0, 2], [3, PAD]])
   engine = toy.make_engine()
   found = input_pipeline.load_resident(

@@ -327,7 +327,7 @@ def _rewrite(path, vectors):
   for start in range(0, reader.num_records(), _BLOCK):
     numbers = range(start, min(start + _BLOCK, reader.num_records()))
     for record in reader.read(list(numbers)):
-      writer.write(_with_first(vectors, record))
+      writer.write(_with_first(vectors, record) if vectors else record)
   writer.close()
   reader.close()
   plain.replace(path)
