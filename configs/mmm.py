@@ -96,6 +96,7 @@ def search_space(c) -> dict:
   loss = f"losses.{c.interaction_loss}"
   space = {
     "model.dim": [64, 128, 256],
+    "batch_size": [256, 512, 1024],
     f"{loss}.learning_rate": ("log", 1e-3, 2e-2),
     "schedule.decay_rate": ("uniform", 0.5, 0.95),
     "weights.user": ("log", 0.02, 1.0),
