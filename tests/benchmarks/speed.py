@@ -157,7 +157,7 @@ def markdown(found: dict) -> str:
       value = found[key]
       value = f"{value / 1e6:.2f}" if form == "M" else form.format(value)
       lines.append([text, value, wanted])
-  table = tabulate.markdown_lines(["what", "measured", "wanted"], lines)
+  table = tabulate.markdown(["what", "measured", "wanted"], lines)
   return f"{table}\n\n{_profile_table(found)}"
 
 
@@ -173,7 +173,7 @@ def _profile_table(found):
     forms = ("{:.1f}", "{:.2f}", "{:.1f}", "{:.0f}", "{:.1f}")
     cells = [form.format(figure) for form, figure in zip(forms, figures)]
     lines.append([f"`{name}`", *cells])
-  return tabulate.markdown_lines(heads, lines)
+  return tabulate.markdown(heads, lines)
 
 
 def median_seconds(function, *, warm=1, repeats=REPEATS) -> float:
