@@ -353,7 +353,11 @@ def spaces_table(studies: list[optuna.Study]) -> tabulate.Table:
     for key, wanted in study.user_attrs["about"]["space"].items():
       found.setdefault((key, _range(wanted)), []).append(str(number))
   lines = [
-    [f"`{key}`", wanted, ", ".join(numbers)]
+    [
+      f"`{key}`",
+      wanted,
+      "all" if len(numbers) == len(studies) else ", ".join(numbers),
+    ]
     for (key, wanted), numbers in found.items()
   ]
   return ["key", "range", "studies"], lines
