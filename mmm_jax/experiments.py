@@ -289,17 +289,20 @@ def _record_path(sweep, number) -> pathlib.Path:
 def _is_recorded(cell, wanted) -> bool:
   """Whether a record is there, with the `wanted` hashes."""
   path = _record_path(_SWEEP.value, cell.number)
-  return path.exists() and _is_of(files.read_json(path), wanted)
+  return path.exists() and _is_of(path, wanted)
 
 
-def _is_of(record, wanted) -> bool:
-  return all(record["hashes"][name] == wanted[name] for name in wanted)
+def _is_of(path, wanted) -> bool:
+  """Whether a record has the `wanted` hashes, and its users' values."""
+  found = files.read_json(path)["hashes"]
+  same = all(found[name] == wanted[name] for name in wanted)
+  return same and path.with_suffix(".npy").exists()
 
 
 def _find_same(wanted) -> pathlib.Path | None:
   """The record of another cell, of any sweep, that is the same run."""
   for path in sorted(_RESULTS.glob("*/*.json")):
-    if _is_of(files.read_json(path), wanted):
+    if _is_of(path, wanted):
       return path
   return None
 
@@ -443,6 +446,8 @@ def _table():
     raise errors.InputError(
       f"--into is for Markdown, found --format={_FORMAT.value}"
     )
+  if _STUDY.value and _PAIRS.value:
+    raise errors.InputError("--pairs are of a sweep, found --study with it")
   if _STUDY.value:
     name, tables = "studies", study_tables(_STUDY.value.split(","))
   elif _PAIRS.value:
@@ -472,13 +477,13 @@ def pairs_table(sweep: str) -> tabulate.Table:
   Raises:
     errors.InputError: it names no pairs for the sweep; or of `read_records`.
   """
-  records, pairs = read_records(sweep), _load("sweeps").PAIRS
+  pairs = getattr(_load("sweeps"), "PAIRS", {})
   if sweep not in pairs:
     raise errors.InputError(
-      f"--pairs: configs/sweeps.py has none for {sweep}, but for"
-      f" {', '.join(pairs)}"
+      f"--pairs: PAIRS in configs/sweeps.py has none for {sweep}, but for"
+      f" {', '.join(pairs) or 'nothing'}"
     )
-  return tabulate.pairs_table(records, list(pairs[sweep]()))
+  return tabulate.pairs_table(read_records(sweep), list(pairs[sweep]()))
 
 
 def read_records(sweep: str) -> list[dict]:
@@ -492,12 +497,13 @@ def read_records(sweep: str) -> list[dict]:
   records, seen = [], {}
   for cell in read_cells(sweep):
     path = _record_path(sweep, cell.number)
-    if not path.exists():
-      raise errors.InputError(
-        f"{path} is not there: cell {cell.line!r} has not been run; run it with"
-        f" python -m mmm_jax.experiments run --sweep={sweep}"
-        f" --cell={cell.number}"
-      )
+    for file in (path, path.with_suffix(".npy")):
+      if not file.exists():
+        raise errors.InputError(
+          f"{file} is not there: cell {cell.line!r} has not been run; run it"
+          f" with python -m mmm_jax.experiments run --sweep={sweep}"
+          f" --cell={cell.number}"
+        )
     record = files.read_json(path)
     config = read_config(cell)
     if record["hashes"]["config"] != hash_config(config):

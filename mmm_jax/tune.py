@@ -92,7 +92,7 @@ def _storage(path):
     return optuna.storages.JournalStorage(
       journal.JournalFileBackend(path, _JournalLock(path))
     )
-  except json.JSONDecodeError as error:
+  except (json.JSONDecodeError, KeyError, OSError) as error:
     raise errors.InputError(
       f"--study: {path} is not a journal of trials ({error})"
     ) from error
@@ -314,13 +314,20 @@ def read_studies(paths: list[str]) -> list[optuna.Study]:
   Raises:
     errors.InputError: there is none, or it is something else.
   """
-  for path in paths:
-    if not pathlib.Path(path).exists():
-      raise errors.InputError(f"--study: {path} is not there")
-  return [
-    optuna.load_study(study_name=_NAME, storage=_storage(path))
-    for path in paths
-  ]
+  return [_read_study(path) for path in paths]
+
+
+def _read_study(path):
+  if not pathlib.Path(path).exists():
+    raise errors.InputError(f"--study: {path} is not there")
+  storage = _storage(path)
+  try:
+    study = optuna.load_study(study_name=_NAME, storage=storage)
+  except KeyError:
+    study = None
+  if study is None or "about" not in study.user_attrs:
+    raise errors.InputError(f"--study: {path} holds no study of `tune` yet")
+  return study
 
 
 def sizes_table(studies: list[optuna.Study]) -> tabulate.Table:

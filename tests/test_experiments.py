@@ -373,6 +373,13 @@ def test_a_cell_is_run_once_recorded_and_tabled(root):
   assert torn.code == 2 and "as the mean of 0.npy" in torn.err
   np.save(folder / "0.npy", values_of_users)
 
+  # Half a record is none.
+  (folder / "0.npy").unlink()
+  half = call(root, "table")
+  assert half.code == 2 and "0.npy is not there" in half.err
+  assert "recorded already" not in call(root, "run").err
+  assert (folder / "0.npy").exists()
+
   # The folder's run is of other data: nothing is recorded of it.
   shutil.rmtree(folder.parent / "other")
   (folder / "0.json").unlink()
@@ -462,12 +469,17 @@ def test_a_sweep_ends_as_its_run_does(root, code, own, words):
     (["run", "--list", "--cell=1"], "wanted 0 to 0"),
     (["tune", "--model=common", "--dataset=tiktok", "--study=s"], "common.py"),
     (["table", "--study=configs/mmm.py"], "is not a journal"),
+    (["table", "--study=configs"], "is not a journal"),
+    (["table", "--study=empty"], "holds no study"),
+    (["table", "--study=empty", "--pairs"], "--pairs are of a sweep"),
+    (["table", "--pairs"], "has none for short, but for nothing"),
     (["table", "--into=a.md", "--format=csv"], "--into is for Markdown"),
     (["run", "--manual_dir=nowhere"], "NAME=DIR"),
     (["table", "--into=missing.md", "--format=word"], "format"),
   ],
 )
 def test_wrong_arguments_are_one_message(root, arguments, words):
+  (root / "empty").touch()
   if "--sweep=shrt" not in arguments:
     arguments = [*arguments, "--sweep=short"]
   done = runs.warm("mmm_jax.experiments")(*arguments, cwd=root)
@@ -524,12 +536,13 @@ def test_records_of_one_split_have_its_hash(tmp_path, monkeypatch):
   shutil.copytree(runs.ROOT / "tests" / "results" / "losses", folder)
   monkeypatch.chdir(tmp_path)
   assert experiments.read_records("losses")
-  for number in (6, 7, 8):
-    found = json.loads((folder / f"{number}.json").read_text())
-    found["hashes"]["split"] = "another"
-    files.write_json(folder / f"{number}.json", found)
-  with pytest.raises(errors.InputError, match="of one split by their configs"):
-    experiments.read_records("losses")
+  for name in ("split", "data"):
+    for number in (6, 7, 8):
+      found = json.loads((folder / f"{number}.json").read_text())
+      found["hashes"][name] = "another"
+      files.write_json(folder / f"{number}.json", found)
+    with pytest.raises(errors.InputError, match=f"of one {name} by their"):
+      experiments.read_records("losses")
 
 
 def printed_by(benchmark):

@@ -354,7 +354,7 @@ def profile(_):
 
   The time is that of an epoch over its steps: with the order of the epoch, the
   Lloyd pass and the log. What XLA counts is of one step and of what is drawn
-  ahead for a dispatch.
+  ahead for a dispatch. Shares are of the operations of a traced epoch.
   """
   return {"profile": {name: _profile(name) for name in PROFILED}}
 
@@ -452,10 +452,10 @@ def _place(frame, tables):
 
 
 def _bytes_of_kernels(text) -> int:
-  """What the kernels of a step move, at least, of rows [n, d].
+  """What `touch` and `adam` move of rows [n, d] in a step, at most.
 
-  `touch` reads and writes them; `adam` reads gradients, and reads and writes
-  rows and both moments, fewer where rows repeat.
+  The one reads and writes them; the other reads gradients, and reads and writes
+  rows and both moments, which are fewer where rows repeat.
   """
   size = lambda shape: 4 * math.prod(map(int, shape))
   rows = lambda shapes: re.findall(r"f32\[(\d+),(\d+)\]", shapes)
