@@ -441,10 +441,10 @@ def _place(frame, tables):
   while frame:
     _, at, parent = tables["frames"][frame]
     _, file, function, *_ = tables["places"][at]
-    path = pathlib.Path(tables["files"][file])
-    if path.is_relative_to(PACKAGE):
-      name = str(path.relative_to(PACKAGE))
-      if path.stem == "kernels":
+    # Of another clone, if a program was compiled there and kept.
+    _, ours, name = tables["files"][file].rpartition(f"/{PACKAGE.name}/")
+    if ours and (PACKAGE / name).is_file():
+      if name == "kernels.py":
         name += f", {tables['functions'][function].partition('.')[0]}"
       return name
     frame = parent - 1
