@@ -47,6 +47,21 @@ def ablation():
         yield cell(model, dataset, seed, **budget)
 
 
+def ablation_pairs():
+  """All of MMM and each part alone, less two factorisations.
+
+  With the part's own values, then with what a study of its own found; under the
+  paper's loss less that with the paper's values.
+  """
+  for dataset in SEEDS:
+    tuned = [f"mmm:{dataset}", *(f"mmm:{dataset},{p}" for p in PARTS[:-1])]
+    for reference in (f"mmm:{dataset},pmf", f"mmm:{dataset}_pmf"):
+      for model in tuned:
+        yield dataset, model, reference
+    for part in ("full", *PARTS[:-1]):
+      yield dataset, f"mmm:{part}", "mmm:pmf"
+
+
 def controls():
   """MMM, and MMM with one part made meaningless."""
   for dataset in ("hetrec_lastfm", "tiktok"):
@@ -181,3 +196,6 @@ SWEEPS = {
     precision,
   )
 }
+
+# What `table --sweep=NAME --pairs` compares: (set, model, less which model).
+PAIRS = {"ablation": ablation_pairs}

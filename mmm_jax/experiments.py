@@ -5,15 +5,16 @@ python -m mmm_jax.experiments tune --model=mmm[:variant,...] --dataset=NAME
     [--manual_dir=NAME=DIR]
 python -m mmm_jax.experiments run --sweep=NAME [--list] [--cell=N]
     [--workdir=DIR] [--manual_dir=microlens=DIR,tiktok=DIR]
-python -m mmm_jax.experiments table --sweep=NAME [--format=markdown|latex|csv]
-    [--into=FILE.md]
-python -m mmm_jax.experiments table --study=FILE,FILE [--into=FILE.md]
+python -m mmm_jax.experiments table --sweep=NAME [--pairs]
+    [--format=markdown|latex|csv] [--into=FILE.md]
+python -m mmm_jax.experiments table --study=FILE,FILE
+    [--format=markdown|latex|csv] [--into=FILE.md]
 
 To be run from the repository's root. A trial of a search is validated and
 never tested; the same command goes on with its study. A cell of a sweep is a
 normal run of `mmm_jax.main` in its own folder; a finished one leaves its record
-in tests/results/<sweep>/, and `table` needs nothing else. What two cells have
-in common is run once.
+in tests/results/<sweep>/, and `table` needs nothing else. A run that another
+cell, of any sweep, has recorded is taken from there, unless --cell asks for it.
 """
 
 import hashlib
@@ -61,6 +62,9 @@ _BUDGET = flags.DEFINE_float(
   "budget", math.inf, "Seconds after which no trial begins.", lower_bound=0
 )
 _WORKERS = flags.DEFINE_integer("workers", 1, "Processes.", lower_bound=1)
+_PAIRS = flags.DEFINE_boolean(
+  "pairs", False, "Compare what the sweep's pairs in configs/sweeps.py name."
+)
 _INTO = flags.DEFINE_string(
   "into", None, "Markdown file whose block of this sweep is replaced."
 )
@@ -133,8 +137,11 @@ def read_config(cell: Cell):
 
 def _model_config(model: str):
   name, _, variants = model.partition(":")
+  module = _load(name)
+  if not hasattr(module, "get_config"):
+    raise errors.InputError(f"--model: configs/{name}.py is no model's config")
   try:
-    return _load(name).get_config(variants)
+    return module.get_config(variants)
   except ValueError as error:
     raise errors.InputError(f"--model: {error}") from error
 
@@ -163,7 +170,13 @@ def _tune():
   if _WORKERS.value > 1:
     _tune_in_processes()
     return
-  module = _load(model.partition(":")[0])
+  name = model.partition(":")[0]
+  module = _load(name)
+  if not hasattr(module, "search_space"):
+    raise errors.InputError(
+      f"--model: configs/{name}.py has no `search_space`; that of"
+      " configs/mmm.py shows how to write one"
+    )
   manual_dir = _manual_dirs().get(dataset, "")
 
   def make_config():
@@ -220,14 +233,14 @@ def _tune_in_processes():
 
 def _run():
   cells = read_cells(_required(_SWEEP))
-  if _LIST.value:
-    print("\n".join(cell.line for cell in cells))
-    return
   chosen = [c for c in cells if _CELL.value in (None, c.number)]
   if not chosen:
     raise errors.InputError(
       f"--cell: found {_CELL.value}, wanted 0 to {len(cells) - 1}"
     )
+  if _LIST.value:
+    print("\n".join(cell.line for cell in chosen))
+    return
   manual_dirs = _manual_dirs()
   for cell in chosen:
     config = read_config(cell)
@@ -239,7 +252,7 @@ def _run():
     if _is_recorded(cell, wanted):
       print(f"{cell.line}: recorded already", file=sys.stderr)
       continue
-    same = _find_same(wanted)
+    same = _find_same(wanted) if _CELL.value is None else None
     if same is not None:
       print(f"{cell.line}: recorded as {same}", file=sys.stderr)
       _copy_record(same, cell)
@@ -276,17 +289,20 @@ def _record_path(sweep, number) -> pathlib.Path:
 def _is_recorded(cell, wanted) -> bool:
   """Whether a record is there, with the `wanted` hashes."""
   path = _record_path(_SWEEP.value, cell.number)
-  return path.exists() and _is_of(files.read_json(path), wanted)
+  return path.exists() and _is_of(path, wanted)
 
 
-def _is_of(record, wanted) -> bool:
-  return all(record["hashes"][name] == wanted[name] for name in wanted)
+def _is_of(path, wanted) -> bool:
+  """Whether a record has the `wanted` hashes, and its users' values."""
+  found = files.read_json(path)["hashes"]
+  same = all(found[name] == wanted[name] for name in wanted)
+  return same and path.with_suffix(".npy").exists()
 
 
 def _find_same(wanted) -> pathlib.Path | None:
   """The record of another cell, of any sweep, that is the same run."""
   for path in sorted(_RESULTS.glob("*/*.json")):
-    if _is_of(files.read_json(path), wanted):
+    if _is_of(path, wanted):
       return path
   return None
 
@@ -426,43 +442,99 @@ def _progress(workdir, config) -> dict:
 
 
 def _table():
+  if _INTO.value is not None and _FORMAT.value != "markdown":
+    raise errors.InputError(
+      f"--into is for Markdown, found --format={_FORMAT.value}"
+    )
+  if _STUDY.value and _PAIRS.value:
+    raise errors.InputError("--pairs are of a sweep, found --study with it")
   if _STUDY.value:
-    name = "studies"
-    text = _load_tune().markdown(_STUDY.value.split(","))
+    name, tables = "studies", study_tables(_STUDY.value.split(","))
+  elif _PAIRS.value:
+    sweep = _required(_SWEEP)
+    name, tables = f"{sweep} pairs", [pairs_table(sweep)]
   else:
     name = _required(_SWEEP)
-    rows = tabulate.rows(read_records(name))
-    text = tabulate.FORMATS[_FORMAT.value](rows)
+    tables = [tabulate.full_table(read_records(name))]
+  write = tabulate.FORMATS[_FORMAT.value]
+  text = "\n\n".join(write(*table) for table in tables)
   if _INTO.value is None:
     print(text)
   else:
     _replace_block(pathlib.Path(_INTO.value), name, text)
 
 
+def study_tables(paths: list[str]) -> list[tabulate.Table]:
+  """Sizes of studies with their best values, and what they searched."""
+  tune = _load_tune()
+  studies = tune.read_studies(paths)
+  return [tune.sizes_table(studies), tune.spaces_table(studies)]
+
+
+def pairs_table(sweep: str) -> tabulate.Table:
+  """What `PAIRS` in `configs/sweeps.py` compares within a sweep.
+
+  Raises:
+    errors.InputError: it names no pairs for the sweep; or of `read_records`.
+  """
+  pairs = getattr(_load("sweeps"), "PAIRS", {})
+  if sweep not in pairs:
+    raise errors.InputError(
+      f"--pairs: PAIRS in configs/sweeps.py has none for {sweep}, but for"
+      f" {', '.join(pairs) or 'nothing'}"
+    )
+  return tabulate.pairs_table(read_records(sweep), list(pairs[sweep]()))
+
+
 def read_records(sweep: str) -> list[dict]:
   """The records of all cells; under `per_user` the values of their users.
 
   Raises:
-    errors.InputError: a cell has none, or it is of another config.
+    errors.InputError: a cell has none, or it is of another config; cells of one
+      set and split saw other data or another split; the values of the users are
+      not those of the metric.
   """
-  records = []
+  records, seen = [], {}
   for cell in read_cells(sweep):
     path = _record_path(sweep, cell.number)
-    if not path.exists():
-      raise errors.InputError(
-        f"{path} is not there: cell {cell.line!r} has not been run; run it with"
-        f" python -m mmm_jax.experiments run --sweep={sweep}"
-        f" --cell={cell.number}"
-      )
+    for file in (path, path.with_suffix(".npy")):
+      if not file.exists():
+        raise errors.InputError(
+          f"{file} is not there: cell {cell.line!r} has not been run; run it"
+          f" with python -m mmm_jax.experiments run --sweep={sweep}"
+          f" --cell={cell.number}"
+        )
     record = files.read_json(path)
-    if record["hashes"]["config"] != hash_config(read_config(cell)):
+    config = read_config(cell)
+    if record["hashes"]["config"] != hash_config(config):
       raise errors.InputError(
         f"{path} is of another config than cell {cell.line!r} has now; run it"
         " again"
       )
     record["per_user"] = np.load(path.with_suffix(".npy"), allow_pickle=False)
+    _check_record(path, record)
+    # What a run is given: cells that say the same must have seen the same.
+    asked = f"{config.dataset}{config.split}"
+    first_path, first = seen.setdefault(asked, (path, record))
+    for name in ("data", "split"):
+      if record["hashes"][name] != first["hashes"][name]:
+        raise errors.InputError(
+          f"{path} and {first_path} are of one {name} by their configs, and of"
+          " two by their hashes; run them again"
+        )
     records.append(record)
   return records
+
+
+def _check_record(path, record):
+  """That the users' values are of the run whose metrics stand there."""
+  mean = record["per_user"].mean(dtype=np.float64)
+  metric = record["metrics"]["full"]["test"][_METRIC]
+  if not math.isclose(mean, metric, abs_tol=1e-4):
+    raise errors.InputError(
+      f"{path}: test {_METRIC} is {metric:.5f}, and {mean:.5f} as the mean of"
+      f" {path.with_suffix('.npy').name}; run it again"
+    )
 
 
 def _replace_block(path, name, text):

@@ -1,7 +1,8 @@
 """Tables of recorded runs: means, intervals, paired tests.
 
 A row is a model on a data set, over its seeds. Each is compared with the first
-model of its set, and the p-values of a set are adjusted together (Holm).
+model of its set, in a table of pairs with the one that it is named with; the
+p-values of a set are adjusted together (Holm).
 """
 
 from __future__ import annotations
@@ -33,26 +34,82 @@ _HEADS = {
   "nmi": "NMI",
   "ari": "ARI",
 }
+Table = tuple[list[str], list[list[str]]]  # heads, and lines as long as they
 _OPTIONAL = ("nmi", "ari")  # columns of sets with categories of their own
+_PAIR_HEADS = {
+  **{key: _HEADS[key] for key in ("dataset", "model")},
+  "reference": "less",
+  "difference": "test nDCG@20",
+  **{key: _HEADS[key] for key in ("wilcoxon", "bootstrap")},
+}
 
 
-def rows(records: list[dict]) -> list[dict[str, str]]:
-  """Cells of the table, as text: one dictionary with the keys of _HEADS a row.
+def full_table(records: list[dict]) -> Table:
+  """Every model of a sweep, compared with the first of its set.
 
   Args:
     records: as `experiments.read_records` gives them, in the sweep's order.
 
+  Returns:
+    Heads and lines, for one of FORMATS.
+
   Raises:
     errors.InputError: runs on one set saw other data, splits or candidates.
   """
+  found = rows(records)
+  empty = {key for key in _OPTIONAL if all(row[key] == "–" for row in found)}
+  return _table(found, {k: v for k, v in _HEADS.items() if k not in empty})
+
+
+def rows(records: list[dict]) -> list[dict[str, str]]:
+  """What is in `full_table`: one dictionary with the keys of _HEADS a row."""
+  table = []
+  for models in _group(records).values():
+    table += _set_rows(models)
+  return table
+
+
+def pairs_table(records: list[dict], pairs) -> Table:
+  """Models of a sweep, each less another one on the same users.
+
+  Args:
+    records: as in `full_table`.
+    pairs: (set, model, reference), by the names that `full_table` has for them.
+
+  Raises:
+    errors.InputError: as in `full_table`; or the sweep has no such model.
+  """
+  groups = _group(records)
+  found = []
+  for dataset in dict.fromkeys(name for name, _, _ in pairs):
+    wanted = [pair[1:] for pair in pairs if pair[0] == dataset]
+    models = groups.get(dataset, {})
+    for name in (name for pair in wanted for name in pair):
+      if name not in models:
+        raise errors.InputError(
+          f"the sweep has no {name} on {dataset}, but"
+          f" {', '.join(models) or 'nothing at all'}"
+        )
+    compared = _compare([(models[a], models[b]) for a, b in wanted])
+    found += [
+      {"dataset": dataset, "model": one, "reference": other, **row}
+      for (one, other), row in zip(wanted, compared)
+    ]
+  return _table(found, _PAIR_HEADS)
+
+
+def _table(found, heads) -> Table:
+  lines = [[row[key] for key in heads] for row in found]
+  return list(heads.values()), lines
+
+
+def _group(records):
+  """{set: {model: its runs}}, in the order of the records."""
   groups = {}
   for record in records:
     sets = groups.setdefault(_set_name(record), {})
     sets.setdefault(_model_name(record), []).append(record)
-  table = []
-  for models in groups.values():
-    table += _set_rows(models)
-  return table
+  return groups
 
 
 def _set_name(record) -> str:
@@ -80,24 +137,30 @@ def _set_rows(models):
     name: runs for name, runs in models.items()
     if _comparable(runs, reference) and runs is not reference
   }  # fmt: skip
-  mean = lambda runs: _values(runs).mean(0)
-  differences = {
-    name: _difference(runs, reference) for name, runs in others.items()
-  }
-  paired = [(mean(runs), mean(reference)) for runs in others.values()]
-  tests = {
-    "wilcoxon": [significance.wilcoxon(*pair) for pair in paired],
-    "bootstrap": [significance.bootstrap(*pair, seed=_SEED) for pair in paired],
-  }
-  adjusted = {
-    test: dict(zip(others, significance.holm(found)))
-    for test, found in tests.items()
-  }
+  compared = _compare([(runs, reference) for runs in others.values()])
+  compared = dict(zip(others, compared))
+  none = dict.fromkeys(("difference", "wilcoxon", "bootstrap"), "–")
   return [
-    _row(runs)
-    | {test: _p(found.get(name)) for test, found in adjusted.items()}
-    | {"difference": differences.get(name, "–")}
-    for name, runs in models.items()
+    _row(runs) | compared.get(name, none) for name, runs in models.items()
+  ]
+
+
+def _compare(pairs) -> list[dict[str, str]]:
+  """Differences and tests of runs less other runs, one family of tests."""
+  for runs, reference in pairs:
+    if not _comparable(runs, reference):
+      raise errors.InputError(
+        f"cells {runs[0]['number']} and {reference[0]['number']} have other"
+        " data or splits; their users cannot be paired"
+      )
+  means = [(_values(a).mean(0), _values(b).mean(0)) for a, b in pairs]
+  wilcoxon = [significance.wilcoxon(*pair) for pair in means]
+  bootstrap = [significance.bootstrap(*pair, seed=_SEED) for pair in means]
+  return [
+    {"difference": _difference(*pair), "wilcoxon": _p(w), "bootstrap": _p(b)}
+    for pair, w, b in zip(
+      pairs, significance.holm(wilcoxon), significance.holm(bootstrap)
+    )
   ]
 
 
@@ -186,33 +249,18 @@ def _epochs(run):
 
 
 def _p(value):
-  if value is None:
-    return "–"
   return "< .001" if value < 0.001 else f"{value:.3f}"
 
 
-def _lines(table):
-  """Heads and rows, without optional columns that are empty."""
-  empty = {key for key in _OPTIONAL if all(row[key] == "–" for row in table)}
-  keys = [key for key in _HEADS if key not in empty]
-  lines = [[row[key] for key in keys] for row in table]
-  return [_HEADS[key] for key in keys], lines
-
-
-def markdown(table: list[dict[str, str]]) -> str:
-  return markdown_lines(*_lines(table))
-
-
-def markdown_lines(heads: list[str], lines: list[list[str]]) -> str:
+def markdown(heads: list[str], lines: list[list[str]]) -> str:
   """A Markdown table of text."""
   lines = [heads, ["---"] * len(heads), *lines]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def latex(table: list[dict[str, str]]) -> str:
+def latex(heads: list[str], lines: list[list[str]]) -> str:
   escape = {"_": r"\_", "%": r"\%", "–": "--", "<": "$<$", "±": r"$\pm$"}
   clean = lambda text: "".join(escape.get(sign, sign) for sign in text)
-  heads, lines = _lines(table)
   lines = [heads, *lines]
   body = [" & ".join(map(clean, line)) + r" \\" for line in lines]
   body.insert(1, r"\midrule")
@@ -228,10 +276,9 @@ def latex(table: list[dict[str, str]]) -> str:
   )
 
 
-def as_csv(table: list[dict[str, str]]) -> str:
+def as_csv(heads: list[str], lines: list[list[str]]) -> str:
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
-  heads, lines = _lines(table)
   writer.writerows([heads, *lines])
   return text.getvalue().rstrip("\n")
 

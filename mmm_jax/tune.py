@@ -7,6 +7,7 @@ same command goes on with it.
 
 import contextlib
 import fcntl
+import json
 import logging
 import math
 import os
@@ -36,18 +37,22 @@ _NAME = "study"  # of the only one in a journal
 _STATE = optuna.trial.TrialState
 _NEVER = 1e9  # seconds
 _AFTER = (1, 5, 10, 20, 30)  # trials, in the table
-_HEADS = ("study", "on", "trials (pruned)", "hours", "keys searched")
+_HEADS = ("study", "of", "on", "trials (pruned)", "hours", "keys searched")
 
 
 def open_study(path: str) -> optuna.Study:
   """The study in a journal, new or as it was left."""
   pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-  return optuna.create_study(
-    storage=_storage(path),
-    study_name=_NAME,
-    direction="maximize",
-    load_if_exists=True,
-  )
+  storage = _storage(path)
+  try:  # to create one writes a line, even if it is there
+    return optuna.load_study(study_name=_NAME, storage=storage)
+  except KeyError:
+    return optuna.create_study(
+      storage=storage,
+      study_name=_NAME,
+      direction="maximize",
+      load_if_exists=True,  # another process may have been faster
+    )
 
 
 class _JournalLock(journal.JournalFileSymlinkLock):
@@ -83,9 +88,14 @@ class _JournalLock(journal.JournalFileSymlinkLock):
 
 def _storage(path):
   optuna.logging.set_verbosity(optuna.logging.ERROR)
-  return optuna.storages.JournalStorage(
-    journal.JournalFileBackend(path, _JournalLock(path))
-  )
+  try:
+    return optuna.storages.JournalStorage(
+      journal.JournalFileBackend(path, _JournalLock(path))
+    )
+  except (json.JSONDecodeError, KeyError, OSError) as error:
+    raise errors.InputError(
+      f"--study: {path} is not a journal of trials ({error})"
+    ) from error
 
 
 def search(
@@ -298,21 +308,41 @@ def summary(study) -> str:
   return "\n".join(lines)
 
 
-def markdown(paths: list[str]) -> str:
-  """Sizes of studies, and the best validated metric as they went on."""
-  heads = [*_HEADS, *(f"best after {n}" for n in _AFTER), "after all"]
-  return tabulate.markdown_lines(heads, map(_study_line, paths))
+def read_studies(paths: list[str]) -> list[optuna.Study]:
+  """The studies of journals.
+
+  Raises:
+    errors.InputError: there is none, or it is something else.
+  """
+  return [_read_study(path) for path in paths]
 
 
-def _study_line(path):
+def _read_study(path):
   if not pathlib.Path(path).exists():
     raise errors.InputError(f"--study: {path} is not there")
-  study = optuna.load_study(study_name=_NAME, storage=_storage(path))
+  storage = _storage(path)
+  try:
+    study = optuna.load_study(study_name=_NAME, storage=storage)
+  except KeyError:
+    study = None
+  if study is None or "about" not in study.user_attrs:
+    raise errors.InputError(f"--study: {path} holds no study of `tune` yet")
+  return study
+
+
+def sizes_table(studies: list[optuna.Study]) -> tabulate.Table:
+  """Sizes of studies, and the best validated metric as they went on."""
+  heads = [*_HEADS, *(f"best after {n}" for n in _AFTER), "after all"]
+  return heads, [_study_line(n, study) for n, study in enumerate(studies, 1)]
+
+
+def _study_line(number, study):
   about, curve = study.user_attrs["about"], best_so_far(study)
   trials = study.get_trials(deepcopy=False)
   pruned = sum(trial.state == _STATE.PRUNED for trial in trials)
   seconds = sum(trial.user_attrs.get("seconds", 0) for trial in trials)
   return [
+    str(number),
     about["model"],
     about["dataset"],
     f"{len(curve)} ({pruned})",
@@ -321,6 +351,30 @@ def _study_line(path):
     *(f"{curve[n - 1]:.4f}" if n <= len(curve) else "–" for n in _AFTER),
     f"{curve[-1]:.4f}" if curve else "–",
   ]
+
+
+def spaces_table(studies: list[optuna.Study]) -> tabulate.Table:
+  """What was searched: keys, their ranges, and by which of the studies."""
+  found = {}
+  for number, study in enumerate(studies, 1):
+    for key, wanted in study.user_attrs["about"]["space"].items():
+      found.setdefault((key, _range(wanted)), []).append(str(number))
+  lines = [
+    [
+      f"`{key}`",
+      wanted,
+      "all" if len(numbers) == len(studies) else ", ".join(numbers),
+    ]
+    for (key, wanted), numbers in found.items()
+  ]
+  return ["key", "range", "studies"], lines
+
+
+def _range(wanted) -> str:
+  if wanted[0] in ("log", "uniform"):
+    scale, low, high = wanted
+    return f"{low:g} to {high:g}, {scale}"
+  return ", ".join(map(str, wanted))
 
 
 def best_so_far(study) -> list[float]:

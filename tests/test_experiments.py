@@ -19,7 +19,6 @@ from mmm_jax import (
   files,
   significance,
   tabulate,
-  tune,
 )
 import runs
 
@@ -110,21 +109,19 @@ def record(
 
 def test_rows_of_a_table():
   better = np.tile([0.25, 0.5], 100)
-  table = tabulate.rows(
-    [
-      record(0, "mmm:full", better + 0.125),
-      record(1, "mmm:pmf", better, seed=0),
-      record(2, "mmm:pmf", better + 0.0625, seed=1),
-      record(3, "mmm:paper", better, split="another"),
-    ]
-  )
-  full, pmf, paper = table
+  records = [
+    record(0, "mmm:full", better + 0.125),
+    record(1, "mmm:pmf", better, seed=0),
+    record(2, "mmm:pmf", better + 0.0625, seed=1),
+    record(3, "mmm:paper", better, split="another"),
+  ]
+  full, pmf, paper = tabulate.rows(records)
   assert full["test"] == f"{0.375 + 0.125:.4f}"
   assert pmf["test"] == f"{0.375 + 0.03125:.4f}"
   assert (full["valid"], full["pooled"]) == ("0.5000", "0.7500")
   assert (full["seeds"], pmf["seeds"]) == ("1", "2")
   assert (full["minutes"], full["memory"]) == ("1.5", "2.0")
-  assert "NMI" not in tabulate.markdown(table)
+  assert "NMI" not in tabulate.full_table(records)[0]
   assert pmf["epochs"] == "60* (55), 60* (55)"  # not ended by patience
   assert full["wilcoxon"] == "–"  # the reference
   assert pmf["wilcoxon"] == pmf["bootstrap"] == "< .001"
@@ -157,9 +154,9 @@ def test_likeness_to_the_set_s_own_categories():
   assert table[0]["nmi"] == "0.250 ± 0.124"
   assert table[0]["ari"] == "0.125 ± 0.062"
   assert table[1]["nmi"] == "–"
-  heads, _, first, last = tabulate.markdown(table).splitlines()
-  assert heads.endswith("NMI | ARI |") and first.endswith("± 0.062 |")
-  assert last.endswith("| – | – |")
+  heads, (first, last) = tabulate.full_table([*runs, plain])
+  assert heads[-2:] == ["NMI", "ARI"] and first[-1] == "0.125 ± 0.062"
+  assert last[-2:] == ["–", "–"]
   # Two runs say nothing of the spread.
   assert tabulate.rows(runs[:2])[0]["nmi"] == "0.225"
 
@@ -192,19 +189,46 @@ def test_seeds_of_a_model_share_data_and_split():
 
 
 def test_formats_hold_the_same_cells():
-  table = tabulate.rows(
+  table = tabulate.full_table(
     [record(0, "mmm:full", [0.5, 1]), record(1, "mmm:pmf", [0.25, 0.5])]
   )
-  markdown = tabulate.markdown(table).splitlines()
+  markdown = tabulate.markdown(*table).splitlines()
   cells = [
     [cell.strip() for cell in line[1:-1].split("|")] for line in markdown
   ]
-  lines = tabulate.as_csv(table).splitlines()
+  lines = tabulate.as_csv(*table).splitlines()
   assert len(lines) == len(cells) - 1 == 3  # CSV has no rule below the head
   assert lines[1].split(",")[:4] == cells[2][:4]
-  latex = tabulate.latex(table)
+  latex = tabulate.latex(*table)
   assert r"pooled\_1024" in latex and r"95 \% interval" in latex
   assert latex.count(r"\\") == 3
+
+
+def test_pairs_are_less_what_they_are_named_with():
+  users = np.tile([0.25, 0.5], 100)
+  records = [
+    record(0, "mmm:full", users + 0.25),
+    record(1, "mmm:con", users + 0.125),
+    record(2, "mmm:pmf", users),
+  ]
+  pairs = [
+    ("simulated", "mmm:con", "mmm:pmf"),
+    ("simulated", "mmm:full", "mmm:con"),
+  ]
+  heads, lines = tabulate.pairs_table(records, pairs)
+  assert heads[:4] == ["set", "model", "less", "test nDCG@20"]
+  assert lines == [
+    # Holm: the smallest p of 2,000 draws, 2 / 2,001, times the two tests.
+    [*pair, "+0.1250 (+0.1250 to +0.1250)", "< .001", "0.002"]
+    for pair in pairs
+  ]
+  with pytest.raises(errors.InputError, match="no mmm:cat on simulated"):
+    tabulate.pairs_table(records, [("simulated", "mmm:cat", "mmm:pmf")])
+  other = record(3, "mmm:paper", users, split="another")
+  with pytest.raises(errors.InputError, match="cannot be paired"):
+    tabulate.pairs_table(
+      [*records, other], [("simulated", "mmm:paper", "mmm:pmf")]
+    )
 
 
 # --- the command --------------------------------------------------------------
@@ -309,10 +333,10 @@ def test_a_cell_is_run_once_recorded_and_tabled(root):
   assert found["hashes"]["candidates"] == result["candidates"]
   assert found["epochs"] == 2 and found["ended_by"] == "epochs"
   # The values of the users, without their ids, average to the metric.
-  values = np.load(folder / "0.npy")
-  assert values.dtype == np.float16
+  values_of_users = np.load(folder / "0.npy")
+  assert values_of_users.dtype == np.float16
   mean = result["full"]["test"]["ndcg@20"]
-  assert values.mean(dtype=float) == pytest.approx(mean, abs=1e-4)
+  assert values_of_users.mean(dtype=float) == pytest.approx(mean, abs=1e-4)
 
   again = call(root, "run")
   assert again.code == 0 and "recorded already" in again.err
@@ -327,7 +351,15 @@ def test_a_cell_is_run_once_recorded_and_tabled(root):
     for kind in (".json", ".npy"):
       own, its = folder / f"0{kind}", path.with_suffix(kind)
       assert own.read_bytes() == its.read_bytes()
-      its.unlink()
+      if other == "short/9":
+        its.unlink()
+  # Who asks for a cell gets a run, whatever has been recorded elsewhere.
+  (folder / "0.json").unlink()
+  alone = call(root, "run", "--cell=0", "--workdir=again")
+  assert alone.code == 0 and "recorded" not in alone.err
+  assert (root / "again" / "short").is_dir()
+  values = json.loads((folder / "0.json").read_text())
+  assert values["metrics"] == found["metrics"]
   readme = root / "README.md"
   readme.write_text("a\n<!-- table: short -->\nold\n<!-- end -->\nb\n")
   assert call(root, "table", "--into=README.md").code == 0
@@ -335,7 +367,21 @@ def test_a_cell_is_run_once_recorded_and_tabled(root):
   assert f"{mean:.4f}" in table
   assert table in readme.read_text() and "old" not in readme.read_text()
 
+  # Values of other users than the metric's.
+  np.save(folder / "0.npy", values_of_users + np.float16(0.01))
+  torn = call(root, "table")
+  assert torn.code == 2 and "as the mean of 0.npy" in torn.err
+  np.save(folder / "0.npy", values_of_users)
+
+  # Half a record is none.
+  (folder / "0.npy").unlink()
+  half = call(root, "table")
+  assert half.code == 2 and "0.npy is not there" in half.err
+  assert "recorded already" not in call(root, "run").err
+  assert (folder / "0.npy").exists()
+
   # The folder's run is of other data: nothing is recorded of it.
+  shutil.rmtree(folder.parent / "other")
   (folder / "0.json").unlink()
   path = workdir / "manifest.json"
   path.write_text(path.read_text().replace(found["hashes"]["data"], "other"))
@@ -420,11 +466,20 @@ def test_a_sweep_ends_as_its_run_does(root, code, own, words):
     (["tune", "--model=mmm:pfm", "--dataset=simulated", "--study=s"], "'pmf'?"),
     (["tune", "--model=mmm", "--dataset=nothing"], "dataset"),
     (["run", "--cell=1"], "wanted 0 to 0"),
+    (["run", "--list", "--cell=1"], "wanted 0 to 0"),
+    (["tune", "--model=common", "--dataset=tiktok", "--study=s"], "common.py"),
+    (["table", "--study=configs/mmm.py"], "is not a journal"),
+    (["table", "--study=configs"], "is not a journal"),
+    (["table", "--study=empty"], "holds no study"),
+    (["table", "--study=empty", "--pairs"], "--pairs are of a sweep"),
+    (["table", "--pairs"], "has none for short, but for nothing"),
+    (["table", "--into=a.md", "--format=csv"], "--into is for Markdown"),
     (["run", "--manual_dir=nowhere"], "NAME=DIR"),
     (["table", "--into=missing.md", "--format=word"], "format"),
   ],
 )
 def test_wrong_arguments_are_one_message(root, arguments, words):
+  (root / "empty").touch()
   if "--sweep=shrt" not in arguments:
     arguments = [*arguments, "--sweep=short"]
   done = runs.warm("mmm_jax.experiments")(*arguments, cwd=root)
@@ -449,12 +504,45 @@ def test_the_readme_has_the_tables_of_the_records(monkeypatch):
   assert blocks
   for block in blocks:
     name, _, rest = block.partition(" -->")
+    sweep, _, pairs = name.partition(" ")
     if name == "studies":
       studies = sorted(map(str, pathlib.Path().glob(STUDIES)))
-      table = tune.markdown(studies)
+      tables = experiments.study_tables(studies)
+    elif pairs:
+      tables = [experiments.pairs_table(sweep)]
     else:
-      table = tabulate.markdown(tabulate.rows(experiments.read_records(name)))
-    assert rest.partition("<!-- end -->")[0].strip() == table
+      tables = [tabulate.full_table(experiments.read_records(name))]
+    text = "\n\n".join(tabulate.markdown(*table) for table in tables)
+    assert rest.partition("<!-- end -->")[0].strip() == text
+
+
+def test_what_is_one_run_has_one_record():
+  runs_of = {}
+  for path in sorted((runs.ROOT / "tests" / "results").glob("*/*.json")):
+    found = json.loads(path.read_text())
+    names = ("config", "data", "split")
+    hashes = tuple(found["hashes"][name] for name in names)
+    users = path.with_suffix(".npy").read_bytes()
+    first, metrics, theirs = runs_of.setdefault(
+      hashes, (path, found["metrics"], users)
+    )
+    assert (found["metrics"], users) == (metrics, theirs), (first, path)
+  assert len(runs_of) > 200
+
+
+def test_records_of_one_split_have_its_hash(tmp_path, monkeypatch):
+  shutil.copytree(runs.ROOT / "configs", tmp_path / "configs")
+  folder = tmp_path / "tests" / "results" / "losses"
+  shutil.copytree(runs.ROOT / "tests" / "results" / "losses", folder)
+  monkeypatch.chdir(tmp_path)
+  assert experiments.read_records("losses")
+  for name in ("split", "data"):
+    for number in (6, 7, 8):
+      found = json.loads((folder / f"{number}.json").read_text())
+      found["hashes"][name] = "another"
+      files.write_json(folder / f"{number}.json", found)
+    with pytest.raises(errors.InputError, match=f"of one {name} by their"):
+      experiments.read_records("losses")
 
 
 def printed_by(benchmark):

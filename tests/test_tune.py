@@ -15,6 +15,10 @@ SPACE = {
   "model.dim": [8, 16],
   "losses.squared.learning_rate": ("log", 1e-3, 1e-1),
 }
+SPACES = [  # as a table
+  ["`model.dim`", "8, 16", "all"],
+  ["`losses.squared.learning_rate`", "0.001 to 0.1, log", "all"],
+]
 
 
 def make_config():
@@ -53,12 +57,13 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(tmp_path):
   assert curve == sorted(curve)
   assert curve[-1] == whole.best_value == max(t.value for t in whole.trials)
   before = (tmp_path / "whole").read_bytes()
-  line = tune.markdown([str(tmp_path / "whole")]).splitlines()[2]
+  studies = tune.read_studies([str(tmp_path / "whole")])
+  _, (line,) = tune.sizes_table(studies)
   assert (tmp_path / "whole").read_bytes() == before
-  assert line.split(" | ")[2:4] == ["3 (0)", "0.0"]
-  assert f"{curve[0]:.4f}" in line and line.endswith(
-    f"– | – | – | – | {curve[-1]:.4f} |"
-  )
+  assert line[3:5] == ["3 (0)", "0.0"] and line[6] == f"{curve[0]:.4f}"
+  assert line[7:] == ["–", "–", "–", "–", f"{curve[-1]:.4f}"]
+  heads, lines = tune.spaces_table(studies)
+  assert heads == ["key", "range", "studies"] and lines == SPACES
   best = whole.best_trial
   text = tune.summary(whole)
   assert f"--config.model.dim={best.params['model.dim']}" in text
@@ -88,12 +93,14 @@ def test_the_first_trial_is_the_config_as_it_stands(tmp_path):
 
 def test_a_study_of_something_else_is_refused(tmp_path):
   search(tmp_path / "study", 1)
+  before = (tmp_path / "study").read_bytes()
   with pytest.raises(errors.InputError, match="another model; give another"):
     search(
       tmp_path / "study", 2, about={"model": "another", "dataset": "simulated"}
     )
   with pytest.raises(errors.InputError, match="another space"):
     search(tmp_path / "study", 2, space={"model.dim": [8]})
+  assert (tmp_path / "study").read_bytes() == before
 
 
 def test_no_trial_begins_when_the_budget_is_spent(tmp_path):

@@ -158,7 +158,7 @@ def table(found) -> str:
   show = lambda values: (
     f"{np.mean(values):.3f} ± {significance.half_width(values):.3f}"
   )
-  return tabulate.markdown_lines(
+  return tabulate.markdown(
     HEADS,
     [
       [name, show(values["nmi"]), show(values["ari"])]

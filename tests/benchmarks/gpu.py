@@ -85,7 +85,7 @@ def markdown(found: dict) -> str:
     if name in inside:
       lines.append([text, f"{inside[name] / unit:.3g}", wanted])
   heads = [f"on one {found['device']}", "measured", "wanted"]
-  table = tabulate.markdown_lines(heads, lines)
+  table = tabulate.markdown(heads, lines)
   return f"{table}\n\n{_floor_table(found)}"
 
 
@@ -117,7 +117,7 @@ def _floor_table(found):
         f"{step['busy_share']:.0%}" if "busy_share" in step else "–",
       ]
     )
-  return tabulate.markdown_lines(heads, lines)
+  return tabulate.markdown(heads, lines)
 
 
 def _ranking_step(ranked):

@@ -586,7 +586,7 @@ def memory_table() -> str:
       line = [NAMES[variant], power(size)]
       line += [each([state_bytes(whole, size)]), each([lists]), *by_devices]
       lines.append([*line, each([checkpoint_bytes(whole, size)])])
-  return tabulate.markdown_lines(heads, lines)
+  return tabulate.markdown(heads, lines)
 
 
 def limits_table() -> str:
@@ -609,7 +609,7 @@ def limits_table() -> str:
       for variant, _, function, devices in cases
     ]
     lines.append([name, f"{chip.memory_gb:.0f}", *cells])
-  return tabulate.markdown_lines(heads, lines)
+  return tabulate.markdown(heads, lines)
 
 
 def largest(variant, function, devices, chip) -> int:
@@ -638,7 +638,7 @@ def moved_table() -> str:
       for name in TIMED:
         line += times(variant, size, devices, CHIPS[name])
       lines.append(line)
-  return tabulate.markdown_lines(heads, lines)
+  return tabulate.markdown(heads, lines)
 
 
 def times(variant, size, devices, chip) -> list[str]:
@@ -668,7 +668,7 @@ def checked_memory(chunks) -> str:
     ratios["{}, {}, devices: {}".format(*name)] = measured / formula
     parts = [*pair(row, "arguments"), *pair(row, "scratch")]
     lines.append([*name, *parts, f"{measured / formula:.3f}"])
-  return f"{tabulate.markdown_lines(heads, lines)}\n\n{furthest(ratios)}"
+  return f"{tabulate.markdown(heads, lines)}\n\n{furthest(ratios)}"
 
 
 def furthest(ratios: dict[str, float]) -> str:
@@ -692,7 +692,7 @@ def checked_moments(found) -> str:
     for row in found["chunks"]
     if "kmeans" in row
   ]
-  return tabulate.markdown_lines(heads, lines)
+  return tabulate.markdown(heads, lines)
 
 
 def checked_bytes(chunks) -> str:
@@ -717,7 +717,7 @@ def checked_bytes(chunks) -> str:
     for name in ("gathered", "reduced", "moved"):
       line += pair(cells, name)
     lines.append(line)
-  return f"{tabulate.markdown_lines(heads, lines)}\n\n{furthest(ratios)}"
+  return f"{tabulate.markdown(heads, lines)}\n\n{furthest(ratios)}"
 
 
 def power(size: int) -> str:

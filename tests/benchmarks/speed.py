@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import statistics
 import subprocess
@@ -44,10 +45,12 @@ from mmm_jax import (
 from mmm_jax.datasets import splits
 
 ROOT = pathlib.Path(__file__).parents[2]
+PACKAGE = pathlib.Path(assemble.__file__).parent
 REPEATS = 5
 NEVER = 10**6
 LARGE = 1_000_000  # users and items of B4
 PER_USER = 8  # interactions of the made-up users of B4
+LEAST_SHARE = 0.02  # of an epoch's operations, to have a line
 BLOCK_STEPS = 200  # of each size in turn, for B4
 EPOCHS, BPR_EPOCHS = 8, 40  # of PMF and of `implicit` in turn, for B1
 
@@ -55,7 +58,7 @@ EPOCHS, BPR_EPOCHS = 8, 40  # of PMF and of `implicit` in turn, for B1
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
-  parser.add_argument("--manual_dir", default="", help="microlens=DIR")
+  parser.add_argument("--manual_dir", type=_manual_dir, help="microlens=DIR")
   add_only(parser, MEASURED)
   parser.add_argument("--table", type=pathlib.Path, help="JSON file to print")
   parser.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)
@@ -67,6 +70,12 @@ def main():
     print(markdown(json.loads(flags.table.read_text())))
     return
   measure(MEASURED, flags)
+
+
+def _manual_dir(text):
+  if not re.fullmatch("microlens=.+", text):
+    raise argparse.ArgumentTypeError(f"found {text!r}, wanted microlens=DIR")
+  return text
 
 
 def add_only(parser, measured) -> None:
@@ -112,10 +121,10 @@ LINES = (
     "M",
     "≥ 2.0",
   ),
-  ("… over the pairs of `implicit`", "samples_of_implicit", "{:.2f}", "≥ 0.7"),
+  ("… over the pairs of `implicit`", "samples_of_implicit", "{:.3f}", "≥ 0.7"),
   ("`pmf` by XLA alone, M samples/s", "pmf_samples_per_s_by_xla", "M", "–"),
   ("`pmf`, M pairs/s (negatives)", "pmf_pairs_per_s", "M", "–"),
-  ("… over those of `implicit`", "pairs_of_implicit", "{:.2f}", "–"),
+  ("… over those of `implicit`", "pairs_of_implicit", "{:.3f}", "–"),
   (
     "MMM, an epoch of all terms, 16 neighbours, s",
     "mmm_epoch_s",
@@ -150,30 +159,48 @@ def markdown(found: dict) -> str:
   """The figures of a file as a table."""
   found, lines = {**found}, []
   for unit in ("samples", "pairs"):
-    share = found[f"pmf_{unit}_per_s"] / found["implicit_pairs_per_s"]
-    found[f"{unit}_of_implicit"] = share
+    if "implicit_pairs_per_s" in found:
+      share = found[f"pmf_{unit}_per_s"] / found["implicit_pairs_per_s"]
+      found[f"{unit}_of_implicit"] = share
   for text, key, form, wanted in LINES:
     if key in found:
       value = found[key]
       value = f"{value / 1e6:.2f}" if form == "M" else form.format(value)
       lines.append([text, value, wanted])
-  table = tabulate.markdown_lines(["what", "measured", "wanted"], lines)
-  return f"{table}\n\n{_profile_table(found)}"
+  table = tabulate.markdown(["what", "measured", "wanted"], lines)
+  if not {"profile", "matmul_gflop_per_s"} <= found.keys():
+    return table
+  return f"{table}\n\n{_profile_table(found)}\n\n{_shares_table(found)}"
 
 
 def _profile_table(found):
   """A step against the limits of the machine: GF and MB at its full speed."""
-  heads = ["step of", "measured, ms", "GFLOP", "at full speed, ms", "MB"]
-  heads.append("at full speed, ms")
+  heads = ["step of", "measured, ms", "GFLOP", "at full speed, ms"]
+  heads += ["MB by XLA", "by the kernels", "at full speed, ms"]
   lines = []
   for name, step in found["profile"].items():
     computing = 1000 * step["gflop"] / found["matmul_gflop_per_s"]
-    moving = step["mb"] / found["memory_gb_per_s"]
-    figures = (step["step_ms"], step["gflop"], computing, step["mb"], moving)
-    forms = ("{:.1f}", "{:.2f}", "{:.1f}", "{:.0f}", "{:.1f}")
+    moved = step["mb"], step["mb_by_kernels"]
+    moving = sum(moved) / found["memory_gb_per_s"]
+    figures = (step["step_ms"], step["gflop"], computing, *moved, moving)
+    forms = ("{:.1f}", "{:.2f}", "{:.1f}", "{:.0f}", "{:.0f}", "{:.1f}")
     cells = [form.format(figure) for form, figure in zip(forms, figures)]
     lines.append([f"`{name}`", *cells])
-  return tabulate.markdown_lines(heads, lines)
+  return tabulate.markdown(heads, lines)
+
+
+def _shares_table(found):
+  """Where the time goes: files by variants, the largest first."""
+  shares = [step["shares"] for step in found["profile"].values()]
+  of = lambda file: [each.get(file, 0.0) for each in shares]
+  files = sorted(set().union(*shares), key=lambda f: sum(of(f)), reverse=True)
+  large = lambda file: file != "other" and max(of(file)) >= LEAST_SHARE
+  shown = list(filter(large, files))
+  rest = [1 - sum(each) for each in zip(*map(of, shown))]
+  rows = [*((f"`{file}`", of(file)) for file in shown), ("other", rest)]
+  lines = [[name, *map("{:.0%}".format, row)] for name, row in rows]
+  heads = ["time in", *(f"`{name}`" for name in found["profile"])]
+  return tabulate.markdown(heads, lines)
 
 
 def median_seconds(function, *, warm=1, repeats=REPEATS) -> float:
@@ -327,7 +354,7 @@ def profile(_):
 
   The time is that of an epoch over its steps: with the order of the epoch, the
   Lloyd pass and the log. What XLA counts is of one step and of what is drawn
-  ahead for a dispatch.
+  ahead for a dispatch. Shares are of the operations of a traced epoch.
   """
   return {"profile": {name: _profile(name) for name in PROFILED}}
 
@@ -335,6 +362,10 @@ def profile(_):
 def _profile(variant):
   with Training(get_config(variant, network__neighbour_cap=16)) as training:
     seconds = median_seconds(training.epoch, warm=2)
+    with tempfile.TemporaryDirectory() as folder:
+      with jax.profiler.trace(folder):
+        training.epoch()
+      spans = _spans(folder)
     trainer = training.trainer
     plan = trainer._plan(trainer.shards, np.int32(0))
     lowered = trainer._chunk.lower(
@@ -345,13 +376,101 @@ def _profile(variant):
       plan,
       trainer.resident,
     )
-    cost = lowered.compile().cost_analysis()
+    compiled = lowered.compile()
+    cost, text = compiled.cost_analysis(), compiled.as_text()
     steps = training.run.sizes.steps
   return {
     "step_ms": 1000 * seconds / steps,
     "gflop": cost["flops"] / 1e9,
     "mb": cost["bytes accessed"] / 1e6,
+    "mb_by_kernels": _bytes_of_kernels(text) / 1e6,
+    "shares": _shares_of_files(spans, text),
   }
+
+
+def _spans(folder) -> dict[tuple[str, str], float]:
+  """Nanoseconds of every operation of a traced program, on all threads.
+
+  Without those that only call others: {(program, operation): time}.
+  """
+  spans = {}
+  (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+  for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+    for line in plane.lines:
+      for event in line.events:
+        stats = dict(event.stats)
+        name = stats.get("hlo_op", "")
+        if name and not name.startswith(("while", "call", "conditional")):
+          key = stats["hlo_module"], name
+          spans[key] = spans.get(key, 0) + event.duration_ns
+  return spans
+
+
+def _shares_of_files(spans, text) -> dict[str, float]:
+  """Shares of the time by the file of mmm_jax that asked for an operation.
+
+  Those of the gradient are of the file whose values it is of. For `kernels` by
+  function; what is not of the program in `text` by the program's name.
+  """
+  tables = _source_tables(text)
+  frames = dict(re.findall(r"%(\S+) = .*stack_frame_id=(\d+)", text))
+  total, shares = sum(spans.values()), {}
+  for (program, name), span in spans.items():
+    place = f"program {program.removeprefix('jit_')}"
+    if text.startswith(f"HloModule {program},"):
+      place = _place(int(frames.get(name, 0)), tables)
+    shares[place] = shares.get(place, 0) + span / total
+  return shares
+
+
+def _source_tables(text):
+  """XLA's tables of where code stands: names, places, and frames."""
+  section = lambda name: re.search(rf"^{name}\n((?:\d.*\n)+)", text, re.M)[1]
+  numbers = lambda line: [int(n) for n in re.findall(r"=?(\d+)", line)]
+  name_of = lambda line: line.split(" ", 1)[1].strip('"')
+  return {
+    "files": ["", *map(name_of, section("FileNames").splitlines())],
+    "functions": ["", *map(name_of, section("FunctionNames").splitlines())],
+    "places": [[], *map(numbers, section("FileLocations").splitlines())],
+    "frames": [[], *map(numbers, section("StackFrames").splitlines())],
+  }
+
+
+def _place(frame, tables):
+  """The innermost file of mmm_jax on the way to a frame."""
+  while frame:
+    _, at, parent = tables["frames"][frame]
+    _, file, function, *_ = tables["places"][at]
+    # Of another clone, if a program was compiled there and kept.
+    _, ours, name = tables["files"][file].rpartition(f"/{PACKAGE.name}/")
+    if ours and (PACKAGE / name).is_file():
+      if name == "kernels.py":
+        name += f", {tables['functions'][function].partition('.')[0]}"
+      return name
+    frame = parent - 1
+  return "other"
+
+
+def _bytes_of_kernels(text) -> int:
+  """What `touch` and `adam` move of rows [n, d] in a step, at most.
+
+  The one reads and writes them; the other reads gradients, and reads and writes
+  rows and both moments, which are fewer where rows repeat.
+  """
+  size = lambda shape: 4 * math.prod(map(int, shape))
+  rows = lambda shapes: re.findall(r"f32\[(\d+),(\d+)\]", shapes)
+  moved = 0
+  for line in text.splitlines():
+    if 'custom_call_target="mmm_jax_touch_rows"' in line:
+      results = line.partition(" custom-call(")[0]
+      moved += 2 * sum(map(size, rows(results)))
+    elif 'custom_call_target="mmm_jax_adam_rows"' in line:
+      constraints = re.search(r"operand_layout_constraints=\{(.*?)\}, o", line)
+      # Of a table (packed, slot, links, ids, grads), after three numbers.
+      operands = constraints[1].split("f32[]")[-1]
+      grads = rows(operands)[1::2]
+      moved += 7 * sum(map(size, grads))
+  return moved
 
 
 def streamed(_):
@@ -538,9 +657,9 @@ def full_evaluation(_):
 
 def microlens_lists(flags):
   """B3: 20 items for all users of MicroLens, to Parquet, after loading."""
-  name, _, folder = flags.manual_dir.partition("=")
-  if name != "microlens":
+  if not flags.manual_dir:
     return {}
+  _, _, folder = flags.manual_dir.partition("=")
   config = get_config(
     "cat", dataset__name="microlens", dataset__manual_dir=folder
   )
