@@ -315,19 +315,19 @@ def test_a_library_that_is_none_is_passed_over(tmp_path):
 
 
 def test_the_profile_knows_kernels_and_what_they_move():
-  path = runs.ROOT / "tests" / "benchmarks" / "speed.py"
-  spec = importlib.util.spec_from_file_location("speed", path)
-  speed = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(speed)
+  path = runs.ROOT / "tests" / "benchmarks" / "programs.py"
+  spec = importlib.util.spec_from_file_location("programs", path)
+  programs = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(programs)
   ids, grads = jnp.array([3, 1, 3, PAD]), jnp.ones((4, 8))
   arguments = jnp.zeros((5, 24)), jnp.zeros(5, jnp.int32), ids, grads, 1
   text = adam.lower(*arguments).compile().as_text()
   # Gradients read, rows and two moments read and written, 4 bytes a number.
-  assert speed._bytes_of_kernels(text) == 7 * 4 * 8 * 4
+  assert programs.bytes_of_kernels(text) == 7 * 4 * 8 * 4
   calls = re.findall(r'%(\S+) = .*custom_call_target="(mmm_jax_\w+)', text)
   spans = {("jit_adam", name): 3.0 for name, _ in calls}
   spans["jit_other", calls[0][0]] = 2.0
-  assert speed._shares_of_files(spans, text) == {
+  assert programs.shares_of_files(spans, text) == {
     "kernels.py, touch": 3 / 8,
     "kernels.py, adam": 3 / 8,
     "program other": 2 / 8,

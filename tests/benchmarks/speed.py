@@ -28,6 +28,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 from scipy import sparse
 
 from mmm_jax import (
@@ -45,7 +46,6 @@ from mmm_jax import (
 from mmm_jax.datasets import splits
 
 ROOT = pathlib.Path(__file__).parents[2]
-PACKAGE = pathlib.Path(assemble.__file__).parent
 REPEATS = 5
 NEVER = 10**6
 LARGE = 1_000_000  # users and items of B4
@@ -365,7 +365,7 @@ def _profile(variant):
     with tempfile.TemporaryDirectory() as folder:
       with jax.profiler.trace(folder):
         training.epoch()
-      spans = _spans(folder)
+      spans = programs.spans(folder)
     trainer = training.trainer
     plan = trainer._plan(trainer.shards, np.int32(0))
     lowered = trainer._chunk.lower(
@@ -383,94 +383,9 @@ def _profile(variant):
     "step_ms": 1000 * seconds / steps,
     "gflop": cost["flops"] / 1e9,
     "mb": cost["bytes accessed"] / 1e6,
-    "mb_by_kernels": _bytes_of_kernels(text) / 1e6,
-    "shares": _shares_of_files(spans, text),
+    "mb_by_kernels": programs.bytes_of_kernels(text) / 1e6,
+    "shares": programs.shares_of_files(spans, text),
   }
-
-
-def _spans(folder) -> dict[tuple[str, str], float]:
-  """Nanoseconds of every operation of a traced program, on all threads.
-
-  Without those that only call others: {(program, operation): time}.
-  """
-  spans = {}
-  (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-  for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-    for line in plane.lines:
-      for event in line.events:
-        stats = dict(event.stats)
-        name = stats.get("hlo_op", "")
-        if name and not name.startswith(("while", "call", "conditional")):
-          key = stats["hlo_module"], name
-          spans[key] = spans.get(key, 0) + event.duration_ns
-  return spans
-
-
-def _shares_of_files(spans, text) -> dict[str, float]:
-  """Shares of the time by the file of mmm_jax that asked for an operation.
-
-  Those of the gradient are of the file whose values it is of. For `kernels` by
-  function; what is not of the program in `text` by the program's name.
-  """
-  tables = _source_tables(text)
-  frames = dict(re.findall(r"%(\S+) = .*stack_frame_id=(\d+)", text))
-  total, shares = sum(spans.values()), {}
-  for (program, name), span in spans.items():
-    place = f"program {program.removeprefix('jit_')}"
-    if text.startswith(f"HloModule {program},"):
-      place = _place(int(frames.get(name, 0)), tables)
-    shares[place] = shares.get(place, 0) + span / total
-  return shares
-
-
-def _source_tables(text):
-  """XLA's tables of where code stands: names, places, and frames."""
-  section = lambda name: re.search(rf"^{name}\n((?:\d.*\n)+)", text, re.M)[1]
-  numbers = lambda line: [int(n) for n in re.findall(r"=?(\d+)", line)]
-  name_of = lambda line: line.split(" ", 1)[1].strip('"')
-  return {
-    "files": ["", *map(name_of, section("FileNames").splitlines())],
-    "functions": ["", *map(name_of, section("FunctionNames").splitlines())],
-    "places": [[], *map(numbers, section("FileLocations").splitlines())],
-    "frames": [[], *map(numbers, section("StackFrames").splitlines())],
-  }
-
-
-def _place(frame, tables):
-  """The innermost file of mmm_jax on the way to a frame."""
-  while frame:
-    _, at, parent = tables["frames"][frame]
-    _, file, function, *_ = tables["places"][at]
-    # Of another clone, if a program was compiled there and kept.
-    _, ours, name = tables["files"][file].rpartition(f"/{PACKAGE.name}/")
-    if ours and (PACKAGE / name).is_file():
-      if name == "kernels.py":
-        name += f", {tables['functions'][function].partition('.')[0]}"
-      return name
-    frame = parent - 1
-  return "other"
-
-
-def _bytes_of_kernels(text) -> int:
-  """What `touch` and `adam` move of rows [n, d] in a step, at most.
-
-  The one reads and writes them; the other reads gradients, and reads and writes
-  rows and both moments, which are fewer where rows repeat.
-  """
-  size = lambda shape: 4 * math.prod(map(int, shape))
-  rows = lambda shapes: re.findall(r"f32\[(\d+),(\d+)\]", shapes)
-  moved = 0
-  for line in text.splitlines():
-    if 'custom_call_target="mmm_jax_touch_rows"' in line:
-      results = line.partition(" custom-call(")[0]
-      moved += 2 * sum(map(size, rows(results)))
-    elif 'custom_call_target="mmm_jax_adam_rows"' in line:
-      constraints = re.search(r"operand_layout_constraints=\{(.*?)\}, o", line)
-      # Of a table (packed, slot, links, ids, grads), after three numbers.
-      operands = constraints[1].split("f32[]")[-1]
-      grads = rows(operands)[1::2]
-      moved += 7 * sum(map(size, grads))
-  return moved
 
 
 def streamed(_):
