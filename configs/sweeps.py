@@ -53,12 +53,13 @@ def ablation_pairs():
   With the part's own values, then with what a study of its own found; under the
   paper's loss less that with the paper's values.
   """
+  parts = [part for part in PARTS if part != "pmf"]
   for dataset in SEEDS:
-    tuned = [f"mmm:{dataset}", *(f"mmm:{dataset},{p}" for p in PARTS[:-1])]
+    tuned = [f"mmm:{dataset}", *(f"mmm:{dataset},{part}" for part in parts)]
     for reference in (f"mmm:{dataset},pmf", f"mmm:{dataset}_pmf"):
       for model in tuned:
         yield dataset, model, reference
-    for part in ("full", *PARTS[:-1]):
+    for part in ("full", *parts):
       yield dataset, f"mmm:{part}", "mmm:pmf"
 
 

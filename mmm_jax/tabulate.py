@@ -90,7 +90,14 @@ def pairs_table(records: list[dict], pairs) -> Table:
           f"the sweep has no {name} on {dataset}, but"
           f" {', '.join(models) or 'nothing at all'}"
         )
-    compared = _compare([(models[a], models[b]) for a, b in wanted])
+    runs = [(models[one], models[other]) for one, other in wanted]
+    for one, other in runs:
+      if not _comparable(one, other):
+        raise errors.InputError(
+          f"cells {one[0]['number']} and {other[0]['number']} have other data"
+          " or splits; their users cannot be paired"
+        )
+    compared = _compare(runs)
     found += [
       {"dataset": dataset, "model": one, "reference": other, **row}
       for (one, other), row in zip(wanted, compared)
@@ -146,13 +153,7 @@ def _set_rows(models):
 
 
 def _compare(pairs) -> list[dict[str, str]]:
-  """Differences and tests of runs less other runs, one family of tests."""
-  for runs, reference in pairs:
-    if not _comparable(runs, reference):
-      raise errors.InputError(
-        f"cells {runs[0]['number']} and {reference[0]['number']} have other"
-        " data or splits; their users cannot be paired"
-      )
+  """Differences and tests of comparable runs, one family of tests."""
   means = [(_values(a).mean(0), _values(b).mean(0)) for a, b in pairs]
   wilcoxon = [significance.wilcoxon(*pair) for pair in means]
   bootstrap = [significance.bootstrap(*pair, seed=_SEED) for pair in means]

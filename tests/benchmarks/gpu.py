@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import speed
 
 from mmm_jax import (
@@ -296,19 +297,13 @@ def _profile(function, flags, name):
   folder = flags.trace / name
   with jax.profiler.trace(str(folder)):
     function()
-  (path,) = sorted(folder.rglob("*.xplane.pb"))[-1:]
   spans, begin, end = {}, np.inf, 0
   busy = 0
-  for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-    if not plane.name.startswith("/device:"):
-      continue
-    for line in plane.lines:
-      if not line.name.startswith("Stream"):
-        continue
-      for event in line.events:
-        spans[event.name] = spans.get(event.name, 0) + event.duration_ns
-        begin, end = min(begin, event.start_ns), max(end, event.end_ns)
-        busy += event.duration_ns
+  for plane, line, event in programs.events(folder):
+    if plane.startswith("/device:") and line.startswith("Stream"):
+      spans[event.name] = spans.get(event.name, 0) + event.duration_ns
+      begin, end = min(begin, event.start_ns), max(end, event.end_ns)
+      busy += event.duration_ns
   longest = sorted(spans.items(), key=lambda pair: -pair[1])[:25]
   return {
     "busy_share": busy / max(end - begin, 1),

@@ -11,21 +11,27 @@ import mmm_jax
 PACKAGE = pathlib.Path(mmm_jax.__file__).parent
 
 
+def events(folder):
+  """(plane's name, line's name, event) of the newest trace in a folder."""
+  path = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))[-1]
+  for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+    for line in plane.lines:
+      for event in line.events:
+        yield plane.name, line.name, event
+
+
 def spans(folder) -> dict[tuple[str, str], float]:
   """Nanoseconds of every operation of a traced program, on all threads.
 
   Without those that only call others: {(program, operation): time}.
   """
   found = {}
-  (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-  for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-    for line in plane.lines:
-      for event in line.events:
-        stats = dict(event.stats)
-        name = stats.get("hlo_op", "")
-        if name and not name.startswith(("while", "call", "conditional")):
-          key = stats["hlo_module"], name
-          found[key] = found.get(key, 0) + event.duration_ns
+  for _, _, event in events(folder):
+    stats = dict(event.stats)
+    name = stats.get("hlo_op", "")
+    if name and not name.startswith(("while", "call", "conditional")):
+      key = stats["hlo_module"], name
+      found[key] = found.get(key, 0) + event.duration_ns
   return found
 
 
@@ -89,8 +95,7 @@ def bytes_of_kernels(text) -> int:
       moved += 2 * sum(map(size, rows(results)))
     elif 'custom_call_target="mmm_jax_adam_rows"' in line:
       constraints = re.search(r"operand_layout_constraints=\{(.*?)\}, o", line)
-      # Of a table (packed, slot, links, ids, grads), after three numbers.
-      operands = constraints[1].split("f32[]")[-1]
-      grads = rows(operands)[1::2]
+      # Of a table (packed, slot, links, ids, grads): every other one is [n, d].
+      grads = rows(constraints[1])[1::2]
       moved += 7 * sum(map(size, grads))
   return moved

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 import statistics
 import subprocess
@@ -73,9 +72,11 @@ def main():
 
 
 def _manual_dir(text):
-  if not re.fullmatch("microlens=.+", text):
+  """The folder of MicroLens."""
+  name, _, folder = text.partition("=")
+  if name != "microlens" or not folder:
     raise argparse.ArgumentTypeError(f"found {text!r}, wanted microlens=DIR")
-  return text
+  return folder
 
 
 def add_only(parser, measured) -> None:
@@ -574,9 +575,8 @@ def microlens_lists(flags):
   """B3: 20 items for all users of MicroLens, to Parquet, after loading."""
   if not flags.manual_dir:
     return {}
-  _, _, folder = flags.manual_dir.partition("=")
   config = get_config(
-    "cat", dataset__name="microlens", dataset__manual_dir=folder
+    "cat", dataset__name="microlens", dataset__manual_dir=flags.manual_dir
   )
   run = assemble.assemble(config)
   best = scoring.snapshot(assemble.initial_state(run), -np.inf)
