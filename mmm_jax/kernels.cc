@@ -1,7 +1,8 @@
 // What XLA's operations do slowly on CPUs: reading and updating a few rows of
 // large tables, of which each operation passes over all that the one before has
-// written; sorting, of which the search for the largest is a part; and searching
-// short lists, on one core and for as many rounds as the longest needs.
+// written; sums of products, whose products it writes before it adds; sorting,
+// of which the search for the largest is a part; and searching short lists, on
+// one core and for as many rounds as the longest needs.
 //
 // Sums are in the order of the ids whatever the number of threads, and compiled
 // with -ffp-contract=off every compiler and processor gives the same bits.
@@ -40,6 +41,7 @@ using Ints = ffi::Buffer<ffi::S32>;
 constexpr int64_t kPart = 256;  // touched rows that a thread takes at a time
 constexpr int64_t kAhead = 8;   // and how far ahead of them memory is asked
 constexpr int64_t kLine = 16;   // floats in a line of the cache
+constexpr int64_t kLanes = 16;  // sums that go on side by side, a power of 2
 constexpr int64_t kLists = 8;   // whose largest a thread finds at a time,
 constexpr int64_t kGroup = 32;  // and numbers that it compares as a group
 constexpr int32_t kNone = -1;
@@ -262,6 +264,41 @@ ffi::Error Adam(ffi::ThreadPool pool, Floats rate, Floats unbias1,
   return ffi::Error::Success();
 }
 
+// The sums of products of n rows with n others.
+MMM_JAX_ALSO_AVX2
+void DotRows(const float* __restrict left, const float* __restrict right,
+             int64_t n, int64_t d, float* __restrict dots) {
+  for (int64_t i = 0; i < n; ++i, left += d, right += d) {
+    float sums[kLanes] = {};
+    int64_t k = 0;
+    for (; k + kLanes <= d; k += kLanes) {
+      for (int64_t l = 0; l < kLanes; ++l) sums[l] += left[k + l] * right[k + l];
+    }
+    for (int64_t l = 0; k + l < d; ++l) sums[l] += left[k + l] * right[k + l];
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t l = 0; l < half; ++l) sums[l] += sums[l + half];
+    }
+    dots[i] = sums[0];
+  }
+}
+
+// For rows [..., d] and as many others their dot products [...].
+ffi::Error Dot(ffi::ThreadPool pool, Floats left, Floats right,
+               ffi::Result<Floats> dots) {
+  const int64_t d = left.dimensions().back();
+  if (left.element_count() != right.element_count() ||
+      left.element_count() != dots->element_count() * d) {
+    return ffi::Error::InvalidArgument("rows are not as many, or as long");
+  }
+  const float* const a = left.typed_data();
+  const float* const b = right.typed_data();
+  float* const to = dots->typed_data();
+  InParts(pool, dots->element_count(), kPart, [=](int64_t begin, int64_t end) {
+    DotRows(a + begin * d, b + begin * d, end - begin, d, to + begin);
+  });
+  return ffi::Error::Success();
+}
+
 // How many of `seen` [size], which ascends, lie below the rank-th item that is
 // not among them: below number k of it lie seen[k] - k others.
 int64_t SeenBelow(const int32_t* seen, int64_t size, int32_t rank) {
@@ -405,6 +442,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_largest, Largest,
                                   .Arg<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Ints>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_dot, Dot,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mmm_jax_unseen_item, UnseenItem,
                               ffi::Ffi::Bind()

@@ -1,10 +1,11 @@
-"""What XLA does slowly on CPUs, in C++: rows of tables, sorting, searching.
+"""What XLA does slowly on CPUs, in C++: rows, sums, sorting, searching.
 
 What `tables` does in a dozen of XLA's operations, each a pass over all rows of
 the step, `kernels.cc` does in two, in a third of the time. It is compiled by
 the system's C++ compiler when it is first needed, and kept. Orders, lists and
-negatives are those of XLA, rows but for the last bits, as XLA joins products
-and sums here and there. Without a compiler, XLA's operations do the work.
+negatives are those of XLA, rows and sums but for the last bits, as XLA joins
+products and sums here and there. Without a compiler, XLA's operations do the
+work.
 """
 
 import ctypes
@@ -33,8 +34,9 @@ _COMPILE_S = 120  # the longest that it may take
 _TARGETS = (
   *("mmm_jax_touch_rows", "mmm_jax_adam_rows"),
   *("mmm_jax_stable_order", "mmm_jax_largest", "mmm_jax_unseen_item"),
+  "mmm_jax_dot",
 )
-_TOUCH, _ADAM, _ORDER, _LARGEST, _UNSEEN = _TARGETS
+_TOUCH, _ADAM, _ORDER, _LARGEST, _UNSEEN, _DOT = _TARGETS
 
 _registered = []  # the library, once JAX knows it; a process has one
 _log = logging.getLogger(__name__)
@@ -166,6 +168,37 @@ def adam(updates, rate, count, *, b1, b2, eps):
     fresh2=np.float32(1 - b2),
     eps=np.float32(eps),
   )
+
+
+def _dot(left, right):
+  sums = jax.ShapeDtypeStruct(left.shape[:-1], jnp.float32)
+  return jax.ffi.ffi_call(_DOT, sums)(left, right)
+
+
+@jax.custom_vjp
+def dot(left: jax.Array, right: jax.Array) -> jax.Array:
+  """`layers.dot` of rows of one shape: [..., d] twice -> [...] float32."""
+  return _dot(left, right)
+
+
+def _dot_backward(rows, grad):
+  left, right = rows
+  return grad[..., None] * right, grad[..., None] * left
+
+
+dot.defvjp(lambda *rows: (_dot(*rows), rows), _dot_backward)
+
+
+@jax.custom_vjp
+def square(rows: jax.Array) -> jax.Array:
+  """`layers.square`: [..., d] -> [...] float32."""
+  return _dot(rows, rows)
+
+
+square.defvjp(
+  lambda rows: (_dot(rows, rows), rows),
+  lambda rows, grad: (2 * grad[..., None] * rows,),
+)
 
 
 def stable_order(keys: jax.Array) -> jax.Array:

@@ -37,11 +37,6 @@ def add(*terms: Term) -> Term:
   return Term(total, sum(term.count for term in terms), terms[0].replicated)
 
 
-def half_square(rows: jax.Array, mask: jax.Array) -> Term:
-  """1/2 |row|^2 of each row [..., d] under its mask [...]."""
-  return masked_sum(0.5 * jnp.sum(rows**2, -1), mask)
-
-
 def squared(
   positive: jax.Array,
   negative: jax.Array,

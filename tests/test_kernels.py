@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mmm_jax import kernels, sampling, tables
+from mmm_jax.models import layers
 import runs
 import toy
 
@@ -161,6 +162,50 @@ def test_an_update_takes_the_place_of_its_table():
   table_bytes = rows * (3 * width + 1) * 4
   assert memory.alias_size_in_bytes == table_bytes
   assert memory.temp_size_in_bytes < table_bytes / 10
+
+
+def sums_by_numpy(left, right):
+  """In 16 lanes side by side, which then are added half to half."""
+  lanes = np.zeros((*left.shape[:-1], 16), np.float32)
+  for k in range(left.shape[-1]):
+    lanes[..., k % 16] += left[..., k] * right[..., k]
+  while lanes.shape[-1] > 1:
+    half = lanes.shape[-1] // 2
+    lanes = lanes[..., :half] + lanes[..., half:]
+  return lanes[..., 0]
+
+
+@pytest.mark.parametrize(
+  "shape", [(1,), (5, 15), (16,), (2, 3, 17), (3000, 5, 64), (0, 8)]
+)
+def test_dot_products_are_those_of_numpy_to_the_last_bit(shape):
+  rng = np.random.default_rng(0)
+  left, right = rng.standard_normal((2, *shape)).astype(np.float32)
+  found = jax.jit(kernels.dot)(left, right)
+  np.testing.assert_array_equal(found, sums_by_numpy(left, right))
+  found = jax.jit(kernels.square)(left)
+  np.testing.assert_array_equal(found, sums_by_numpy(left, left))
+
+
+@pytest.mark.parametrize("name", ["dot", "square"])
+def test_their_gradients_are_those_of_xla(name):
+  rng = np.random.default_rng(1)
+  count = {"dot": 2, "square": 1}[name]
+  rows = list(rng.standard_normal((count, 7, 3, 20)).astype(np.float32))
+  weight = rng.standard_normal((7, 3)).astype(np.float32)
+
+  def gradients(module):
+    total = lambda *rows: jnp.sum(weight * getattr(module, name)(*rows))
+    return jax.grad(total, argnums=tuple(range(count)))(*rows)
+
+  for ours, theirs in zip(gradients(kernels), gradients(layers)):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_rows_of_two_lengths_have_no_dot_product():
+  left, right = jnp.zeros((4, 6)), jnp.zeros((4, 5))
+  with pytest.raises(jax.errors.JaxRuntimeError, match="as long"):
+    jax.jit(kernels.dot)(left, right).block_until_ready()
 
 
 @pytest.mark.parametrize("shape", [(1,), (700,), (3, 0), (5, 2**16 + 3)])
@@ -324,6 +369,10 @@ def test_the_profile_knows_kernels_and_what_they_move():
   text = adam.lower(*arguments).compile().as_text()
   # Gradients read, rows and two moments read and written, 4 bytes a number.
   assert programs.bytes_of_kernels(text) == 7 * 4 * 8 * 4
+  of_dots = jax.jit(lambda x, y: kernels.dot(x, y) + kernels.square(x))
+  dots = of_dots.lower(*jnp.ones((2, 5, 3, 8))).compile().as_text()
+  # Two arrays are read, and one.
+  assert programs.bytes_of_kernels(dots) == 3 * 5 * 3 * 8 * 4
   calls = re.findall(r'%(\S+) = .*custom_call_target="(mmm_jax_\w+)', text)
   spans = {("jit_adam", name): 3.0 for name, _ in calls}
   spans["jit_other", calls[0][0]] = 2.0

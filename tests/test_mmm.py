@@ -272,6 +272,7 @@ def small_model(**changes):
     temperature=0.5,
     prior_stream="interactions",
     compute_dtype="float32",
+    in_cpp=False,
     remedies=NEUTRAL,
   )
   return mmm.MMM(**values | changes)

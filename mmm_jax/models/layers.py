@@ -103,6 +103,10 @@ def dot(left: jax.Array, right: jax.Array) -> jax.Array:
   return jnp.sum(left * right, -1)
 
 
+def square(rows: jax.Array) -> jax.Array:
+  return jnp.sum(rows**2, -1)
+
+
 def all_pairs(left: jax.Array, right: jax.Array, dtype: str) -> jax.Array:
   """[B, d], [n, d] -> [B, n] float32 products of numbers in `dtype`."""
   return jnp.matmul(

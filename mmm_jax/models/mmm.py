@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmm_jax import errors, losses, sampling
+from mmm_jax import errors, kernels, losses, sampling
 from mmm_jax.models import layers
 
 _EXACT = jax.lax.Precision.HIGHEST  # of what enters a score, on any device
@@ -67,6 +67,7 @@ class MMM(nn.Module):
   temperature: float  # of the softmax loss
   prior_stream: str  # whose rows carry |u|^2 and |v|^2
   compute_dtype: str  # of encoders and of logits that a batch shares
+  in_cpp: bool  # whether `kernels` are loaded, and to be used
   remedies: Remedies
 
   def setup(self):
@@ -176,25 +177,25 @@ class MMM(nn.Module):
       )
       # The shared rows are on every device; together they count once.
       share = batch["shared_fraction"]
-      shared = losses.half_square(negative, negative_mask)
+      shared = self._half_square(negative, negative_mask)
       negatives = losses.Term(shared.total * share, shared.count * share)
     else:
       interaction = losses.PAIRWISE[self.interaction_loss](
-        layers.dot(full_user, positive_item),
+        self._dot(full_user, positive_item),
         jnp.einsum("bd,bnd->bn", full_user, negative_item),
         mask,
         negative_mask,
         batch["weight"],
       )
-      negatives = losses.half_square(negative, negative_mask)
+      negatives = self._half_square(negative, negative_mask)
     if self.prior_stream == "interactions":
       priors = {
-        "user": losses.half_square(user, mask),
-        "item": losses.add(losses.half_square(item, mask), negatives),
+        "user": self._half_square(user, mask),
+        "item": losses.add(self._half_square(item, mask), negatives),
       }
     else:
       priors = {
-        kind: losses.half_square(
+        kind: self._half_square(
           rows[kind]["stream"], batch[f"stream_{kind}"] != sampling.PAD
         )
         for kind in ("user", "item")
@@ -272,10 +273,10 @@ class MMM(nn.Module):
     for name, content in self._encode(rows, batch).items():
       present = real & batch["present"][name]
       projected = content @ self.maps[name].T
-      logits = layers.dot(item, projected)
+      logits = self._dot(item, projected)
       # Mismatched pairs stay inside a data shard, so that they do not depend
       # on the number of devices; their texts are about as long.
-      other_logits = layers.dot(item, jnp.roll(projected, 1, axis=1))
+      other_logits = self._dot(item, jnp.roll(projected, 1, axis=1))
       other = present & jnp.roll(present, 1, axis=1) & (item.shape[1] > 1)
       if self.remedies.content_temperature:
         matching = self._contrast(item, projected, rows, batch, present)
@@ -303,7 +304,7 @@ class MMM(nn.Module):
     """
     scale = 1 / self.remedies.content_temperature
     query = layers.normalise(projected) * scale
-    own = layers.dot(query, layers.normalise(item))
+    own = self._dot(query, layers.normalise(item))
     shared = layers.normalise(rows["item"]["negative"])
     others = layers.all_pairs(
       query.reshape(-1, self.dim), shared, self.compute_dtype
@@ -341,9 +342,9 @@ class MMM(nn.Module):
         rows[f"network_{name}"]["neighbours"], batch["neighbours"][name]
       )
       # Users without neighbours have no tie (T is undefined for them).
-      tie = losses.half_square(own - mean, real & linked)
+      tie = self._half_square(own - mean, real & linked)
       terms[f"network_tie/{name}"] = tie._replace(count=num_users)
-      terms[f"network_prior/{name}"] = losses.half_square(own, real)
+      terms[f"network_prior/{name}"] = self._half_square(own, real)
       length = jnp.linalg.norm(jax.lax.stop_gradient(own), axis=-1)
       watched[f"H3/length_{name}"] = losses.masked_sum(length, real)
       vectors.append(own)
@@ -352,10 +353,10 @@ class MMM(nn.Module):
     alpha = rows["alpha"]["stream"]
     mixed = self._mix(alpha, jnp.stack(vectors, 1), membership)
     tied = jnp.any(membership, -1)
-    user_tie = losses.half_square(user - mixed, tied)
+    user_tie = self._half_square(user - mixed, tied)
     terms["user_tie"] = user_tie._replace(count=num_users)
     if self.remedies.alpha_prior:
-      terms["alpha_prior"] = losses.half_square(alpha, real)
+      terms["alpha_prior"] = self._half_square(alpha, real)
     weights = self._network_weights(alpha, membership)
     watched["H2/largest_weight"] = losses.masked_sum(jnp.max(weights, -1), tied)
     length = jnp.linalg.norm(jax.lax.stop_gradient(user), axis=-1)
@@ -390,6 +391,14 @@ class MMM(nn.Module):
         on * jnp.sum(distance), count, replicated=True
       )
     }
+
+  def _half_square(self, rows, mask) -> losses.Term:
+    """1/2 |row|^2 of each row [..., d] under its mask [...]."""
+    square = (kernels if self.in_cpp else layers).square(rows)
+    return losses.masked_sum(0.5 * square, mask)
+
+  def _dot(self, left, right):
+    return (kernels if self.in_cpp else layers).dot(left, right)
 
   # --- scoring -------------------------------------------------------------
 
@@ -455,9 +464,7 @@ class MMM(nn.Module):
 
   def score_pairs(self, user: jax.Array, item: jax.Array) -> jax.Array:
     """The score of each user with the item of the same row, [B, d] twice."""
-    return (
-      layers.dot(self._as_ranked(user), self._as_ranked(item)) * self._scale
-    )
+    return self._dot(self._as_ranked(user), self._as_ranked(item)) * self._scale
 
   def shares(self, user, item, offset):
     """The parts of a score that stem from v and from w.
@@ -526,6 +533,7 @@ def create(config, sources: tuple[str, ...], networks: tuple[str, ...]) -> MMM:
     if config.normalisation == "paper_sums"
     else "interactions",
     compute_dtype=config.compute_dtype,
+    in_cpp=kernels.load(config),
     remedies=Remedies(
       **{name: getattr(remedies, name) for name in Remedies._fields}
     ),

@@ -74,17 +74,18 @@ def _place(frame, tables):
     _, ours, name = tables["files"][file].rpartition(f"/{PACKAGE.name}/")
     if ours and (PACKAGE / name).is_file():
       if name == "kernels.py":
-        name += f", {tables['functions'][function].partition('.')[0]}"
+        function = tables["functions"][function].partition(".")[0]
+        name += f", {function.lstrip('_')}"
       return name
     frame = parent - 1
   return "other"
 
 
 def bytes_of_kernels(text) -> int:
-  """What `touch` and `adam` move of rows [n, d] in a step, at most.
+  """What kernels move of rows [..., d] in a step, at most.
 
-  The one reads and writes them; the other reads gradients, and reads and writes
-  rows and both moments, which are fewer where rows repeat.
+  `touch` reads and writes them; `adam` reads gradients, and reads and writes
+  rows and both moments, which are fewer where rows repeat; `dot` reads them.
   """
   size = lambda shape: 4 * math.prod(map(int, shape))
   rows = lambda shapes: re.findall(r"f32\[(\d+),(\d+)\]", shapes)
@@ -98,4 +99,8 @@ def bytes_of_kernels(text) -> int:
       # Of a table (packed, slot, links, ids, grads): every other one is [n, d].
       grads = rows(constraints[1])[1::2]
       moved += 7 * sum(map(size, grads))
+    elif 'custom_call_target="mmm_jax_dot"' in line:
+      operands = re.search(r" custom-call\((.*?)\)", line)[1].split(", ")
+      shape = re.search(r"operand_layout_constraints=\{f32\[(.*?)\]", line)[1]
+      moved += len(set(operands)) * size(shape.split(","))
   return moved
