@@ -230,25 +230,26 @@ def one_network(c):
 def microlens(c):
   """MicroLens-50k: English titles; the co-like network is derived.
 
-  Trial 10, the best one, of tests/results/studies/microlens.journal, but only
-  for as long as every term is felt: after epoch 24, where it was .0008 better
-  than after 17, items' priors and the ties were down to .7 and .9 %.
+  Trial 2, the best one, of tests/results/studies/microlens_order.journal.
   """
   best(c)
   c.dataset.name = "microlens"
+  c.batch_size = 512
   c.epochs = 18
   c.num_categories = 23
   c.text.glove = "package"
   c.losses.softmax.learning_rate = 0.008
   c.losses.softmax.temperature = 0.12
   c.losses.softmax.shared_negatives = 2048
-  c.schedule.decay_rate = 0.6
+  c.schedule.decay_rate = 0.775
   c.weights.user, c.weights.item = 0.5, 0.2
   c.weights.user_tie = c.weights.network_tie = 0.12
   c.weights.network_prior = 0.09
   c.weights.category, c.weights.category_prior = 0.1, 1.0
   c.remedies.networks_in_user = 1.9
   c.remedies.history_in_user = 1.0
+  c.remedies.history_around = True
+  c.remedies.ema_decay = 0.7
 
 
 def hetrec_lastfm(c):
