@@ -285,11 +285,12 @@ void DotRows(const float* __restrict left, const float* __restrict right,
 // For rows [..., d] and as many others their dot products [...].
 ffi::Error Dot(ffi::ThreadPool pool, Floats left, Floats right,
                ffi::Result<Floats> dots) {
-  const int64_t d = left.dimensions().back();
-  if (left.element_count() != right.element_count() ||
-      left.element_count() != dots->element_count() * d) {
+  const auto shape = left.dimensions();
+  const auto other = right.dimensions();
+  if (!std::equal(shape.begin(), shape.end(), other.begin(), other.end())) {
     return ffi::Error::InvalidArgument("rows are not as many, or as long");
   }
+  const int64_t d = shape.back();
   const float* const a = left.typed_data();
   const float* const b = right.typed_data();
   float* const to = dots->typed_data();

@@ -202,8 +202,9 @@ def test_their_gradients_are_those_of_xla(name):
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-def test_rows_of_two_lengths_have_no_dot_product():
-  left, right = jnp.zeros((4, 6)), jnp.zeros((4, 5))
+@pytest.mark.parametrize("other", [(4, 5), (6, 4), (3, 6)])
+def test_rows_of_two_shapes_have_no_dot_product(other):
+  left, right = jnp.zeros((4, 6)), jnp.zeros(other)
   with pytest.raises(jax.errors.JaxRuntimeError, match="as long"):
     jax.jit(kernels.dot)(left, right).block_until_ready()
 
