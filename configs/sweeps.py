@@ -140,38 +140,10 @@ def num_categories():
         yield cell(model, dataset, seed, num_categories=number)
 
 
-# MicroLens' variant before today's, whose categories were compared.
-_BEFORE = {
-  "batch_size": 1024,
-  "schedule__decay_rate": 0.6,
-  "remedies__history_around": False,
-  "remedies__ema_decay": 0.0,
-}
-
-
-def cluster_choices():
-  """What shapes categories on MicroLens, for validation.
-
-  When they begin (the first K-means comes after the warm-up), and how much
-  titles weigh in the vectors that they are made of. The values are of the
-  search space, of which the first study tried hardly any but the variant's own,
-  the first. The last one was clearly worse and has one seed.
-  """
-  tried = (1, 0.3, 3), (5, 0.3, 3), (10, 0.3, 3), (1, 0.1, 3), (1, 1.0, 1)
-  for epochs, weight, seeds in tried:
-    changes = {"kmeans__warmup_epochs": epochs, "weights__content": weight}
-    for seed in range(seeds):
-      yield cell("mmm:microlens", "microlens", seed, **changes, **_BEFORE)
-
-
 def clusters():
-  """MMM's categories against those of MicroLens, over ten seeds.
-
-  Titles weigh what they weigh in the best row of `cluster_choices`.
-  """
-  changes = {"weights__content": 0.1}
+  """MMM's categories against those of MicroLens, over ten seeds."""
   for seed in range(10):
-    yield cell("mmm:microlens", "microlens", seed, **changes, **_BEFORE)
+    yield cell("mmm:microlens", "microlens", seed)
 
 
 def losses():
@@ -201,7 +173,6 @@ SWEEPS = {
     planted_choices,
     planted,
     num_categories,
-    cluster_choices,
     clusters,
     losses,
     precision,
