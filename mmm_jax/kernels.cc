@@ -4,8 +4,9 @@
 // of which the search for the largest is a part; and searching short lists, on
 // one core and for as many rounds as the longest needs.
 //
-// Sums are in the order of the ids whatever the number of threads, and compiled
-// with -ffp-contract=off every compiler and processor gives the same bits.
+// Gradients are added in the order of the ids and products in lanes, whatever
+// the number of threads, and compiled with -ffp-contract=off every compiler and
+// processor gives the same bits.
 //
 // Shapes: R rows of a table, d their width, n rows touched (with repeats). A
 // row holds its values and Adam's two moments side by side: [R, 3 * d]. An id
@@ -38,7 +39,7 @@ namespace {
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 
-constexpr int64_t kPart = 256;  // touched rows that a thread takes at a time
+constexpr int64_t kPart = 256;  // rows that a thread takes at a time
 constexpr int64_t kAhead = 8;   // and how far ahead of them memory is asked
 constexpr int64_t kLine = 16;   // floats in a line of the cache
 constexpr int64_t kLanes = 16;  // sums that go on side by side, a power of 2
@@ -272,11 +273,15 @@ void DotRows(const float* __restrict left, const float* __restrict right,
     float sums[kLanes] = {};
     int64_t k = 0;
     for (; k + kLanes <= d; k += kLanes) {
-      for (int64_t l = 0; l < kLanes; ++l) sums[l] += left[k + l] * right[k + l];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        sums[lane] += left[k + lane] * right[k + lane];
+      }
     }
-    for (int64_t l = 0; k + l < d; ++l) sums[l] += left[k + l] * right[k + l];
+    for (int64_t lane = 0; k + lane < d; ++lane) {
+      sums[lane] += left[k + lane] * right[k + lane];
+    }
     for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-      for (int64_t l = 0; l < half; ++l) sums[l] += sums[l + half];
+      for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
     }
     dots[i] = sums[0];
   }
@@ -291,11 +296,12 @@ ffi::Error Dot(ffi::ThreadPool pool, Floats left, Floats right,
     return ffi::Error::InvalidArgument("rows are not as many, or as long");
   }
   const int64_t d = shape.back();
-  const float* const a = left.typed_data();
-  const float* const b = right.typed_data();
+  const float* const lefts = left.typed_data();
+  const float* const rights = right.typed_data();
   float* const to = dots->typed_data();
   InParts(pool, dots->element_count(), kPart, [=](int64_t begin, int64_t end) {
-    DotRows(a + begin * d, b + begin * d, end - begin, d, to + begin);
+    const int64_t at = begin * d;
+    DotRows(lefts + at, rights + at, end - begin, d, to + begin);
   });
   return ffi::Error::Success();
 }

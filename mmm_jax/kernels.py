@@ -3,9 +3,9 @@
 What `tables` does in a dozen of XLA's operations, each a pass over all rows of
 the step, `kernels.cc` does in two, in a third of the time. It is compiled by
 the system's C++ compiler when it is first needed, and kept. Orders, lists and
-negatives are those of XLA, rows and sums but for the last bits, as XLA joins
-products and sums here and there. Without a compiler, XLA's operations do the
-work.
+negatives are those of XLA, rows and sums but for the last bits, as XLA adds in
+another order and joins products and sums here and there. Without a compiler,
+XLA's operations do the work.
 """
 
 import ctypes
@@ -63,8 +63,8 @@ def _register(data_dir: str) -> bool:
   except (OSError, errors.InputError, subprocess.SubprocessError) as error:
     said = (getattr(error, "stderr", None) or "").strip() or str(error)
     _log.info(
-      "XLA updates the tables, which takes longer, as there is no C++ library:"
-      " %s",
+      "XLA does the work of kernels, which takes longer, as there is no C++"
+      " library: %s",
       said.splitlines()[0],
     )
     return False
@@ -170,15 +170,15 @@ def adam(updates, rate, count, *, b1, b2, eps):
   )
 
 
-def _dot(left, right):
-  sums = jax.ShapeDtypeStruct(left.shape[:-1], jnp.float32)
-  return jax.ffi.ffi_call(_DOT, sums)(left, right)
-
-
 @jax.custom_vjp
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
-  """`layers.dot` of rows of one shape: [..., d] twice -> [...] float32."""
-  return _dot(left, right)
+  """`layers.dot` of float32 rows of one shape: [..., d] twice -> [...].
+
+  It has gradients of any order, but no forward mode.
+  """
+  sums = jax.ShapeDtypeStruct(left.shape[:-1], jnp.float32)
+  call = jax.ffi.ffi_call(_DOT, sums, vmap_method="broadcast_all")
+  return call(left, right)
 
 
 def _dot_backward(rows, grad):
@@ -186,19 +186,12 @@ def _dot_backward(rows, grad):
   return grad[..., None] * right, grad[..., None] * left
 
 
-dot.defvjp(lambda *rows: (_dot(*rows), rows), _dot_backward)
+dot.defvjp(lambda *rows: (dot(*rows), rows), _dot_backward)
 
 
-@jax.custom_vjp
-def square(rows: jax.Array) -> jax.Array:
-  """`layers.square`: [..., d] -> [...] float32."""
-  return _dot(rows, rows)
-
-
-square.defvjp(
-  lambda rows: (_dot(rows, rows), rows),
-  lambda rows, grad: (2 * grad[..., None] * rows,),
-)
+def squared_norm(rows: jax.Array) -> jax.Array:
+  """`layers.squared_norm`: [..., d] float32 -> [...]."""
+  return dot(rows, rows)
 
 
 def stable_order(keys: jax.Array) -> jax.Array:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from mmm_jax import losses
-from mmm_jax.models import layers
 
 POSITIVE = jnp.array([2.0, 0.5, 9.0])
 NEGATIVE = jnp.array([[1.0, -1.0], [0.0, 3.0], [9.0, 9.0]])
@@ -93,14 +92,6 @@ def test_extreme_logits_stay_finite(name):
   total = lambda x: losses.PAIRWISE[name](x, pairs, real, both).total
   assert np.isfinite(total(far))
   assert np.isfinite(jax.grad(total)(far)).all()
-
-
-def test_half_square_under_a_mask():
-  rows = jnp.array([[3.0, 4.0], [1.0, 0.0], [np.nan, 5.0]])
-  square = 0.5 * layers.square(rows)
-  term = losses.masked_sum(square, jnp.array([True, True, False]))
-  assert term.total == 0.5 * (9 + 16) + 0.5 * 1
-  assert term.count == 2
 
 
 def test_nothing_at_all_is_zero_of_zero():

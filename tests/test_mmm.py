@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import literal
-from mmm_jax import assemble, errors, sampling, streams, update
+from mmm_jax import assemble, errors, kernels, sampling, streams, update
 from mmm_jax.models import layers, mmm
 import toy
 
@@ -378,6 +378,17 @@ def test_the_hard_tie_is_the_limit_of_the_soft_one():
   assert soft > 1e-3
   # (1000 + a) / (100 + a), with the tie's curvature a between 0 and 4.
   assert 0.99 * 1004 / 104 < soft / hard < 1.01 * 1000 / 100
+
+
+@pytest.mark.parametrize("in_cpp", [False, True])
+def test_half_squares_under_a_mask(in_cpp):
+  if in_cpp and not kernels.load(toy.get_config()):
+    pytest.skip("there is no C++ compiler")
+  rows = jnp.array([[3.0, 4.0], [1.0, 0.0], [np.nan, 5.0]])
+  mask = jnp.array([True, True, False])
+  term = small_model(in_cpp=in_cpp)._half_square(rows, mask)
+  assert term.total == 0.5 * (9 + 16) + 0.5 * 1
+  assert term.count == 2
 
 
 def test_users_without_neighbours_are_masked():

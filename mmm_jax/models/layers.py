@@ -103,7 +103,7 @@ def dot(left: jax.Array, right: jax.Array) -> jax.Array:
   return jnp.sum(left * right, -1)
 
 
-def square(rows: jax.Array) -> jax.Array:
+def squared_norm(rows: jax.Array) -> jax.Array:
   return jnp.sum(rows**2, -1)
 
 

@@ -394,8 +394,8 @@ class MMM(nn.Module):
 
   def _half_square(self, rows, mask) -> losses.Term:
     """1/2 |row|^2 of each row [..., d] under its mask [...]."""
-    square = (kernels if self.in_cpp else layers).square(rows)
-    return losses.masked_sum(0.5 * square, mask)
+    squared_norm = (kernels if self.in_cpp else layers).squared_norm
+    return losses.masked_sum(0.5 * squared_norm(rows), mask)
 
   def _dot(self, left, right):
     return (kernels if self.in_cpp else layers).dot(left, right)

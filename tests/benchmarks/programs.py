@@ -38,8 +38,9 @@ def spans(folder) -> dict[tuple[str, str], float]:
 def shares_of_files(spans, text) -> dict[str, float]:
   """Shares of the time by the file of mmm_jax that asked for an operation.
 
-  Those of the gradient are of the file whose values it is of. For `kernels` by
-  function; what is not of the program in `text` by the program's name.
+  Those of a gradient are of the file whose values it is of, or, of a kernel,
+  of the kernel's caller. For `kernels` by function; what is not of the program
+  in `text` by the program's name.
   """
   tables = _source_tables(text)
   frames = dict(re.findall(r"%(\S+) = .*stack_frame_id=(\d+)", text))
@@ -74,8 +75,7 @@ def _place(frame, tables):
     _, ours, name = tables["files"][file].rpartition(f"/{PACKAGE.name}/")
     if ours and (PACKAGE / name).is_file():
       if name == "kernels.py":
-        function = tables["functions"][function].partition(".")[0]
-        name += f", {function.lstrip('_')}"
+        name += f", {tables['functions'][function].partition('.')[0]}"
       return name
     frame = parent - 1
   return "other"
