@@ -418,7 +418,8 @@ def read_per_user(workdir: pathlib.Path) -> np.ndarray:
 def _progress(workdir, config) -> dict:
   """How far the run came, and which of its epochs was the best.
 
-  With the likeness of that epoch's categories to those that the set has.
+  With the likeness of that epoch's categories to those that the set has, and
+  its terms' gradients on the tables, as shares of that of the interactions.
   """
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   rows = [json.loads(line) for line in lines]
@@ -426,6 +427,12 @@ def _progress(workdir, config) -> dict:
   validated = [row for row in rows if key in row] or rows[-1:]
   best = max(validated, key=lambda row: (row.get(key, 0), -row["epoch"]))
   epochs = round(rows[-1]["epoch"])
+  gradient = {
+    key.removeprefix("gradient/"): norm
+    for key, norm in best.items()
+    if key.startswith("gradient/")
+  }
+  whole = gradient.pop("interaction", None)
   return {
     "epochs": epochs,
     "best_epoch": round(best["epoch"]),
@@ -435,6 +442,7 @@ def _progress(workdir, config) -> dict:
       for name in ("nmi", "ari")
       if f"kmeans/{name}" in best
     },
+    "gradients": {term: norm / whole for term, norm in gradient.items()},
   }
 
 

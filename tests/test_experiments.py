@@ -279,7 +279,11 @@ def test_a_later_key_counts_only_where_it_changes_a_run():
 def test_the_record_tells_of_the_best_epoch(tmp_path):
   rows = [
     {"epoch": 1.0, "valid/ndcg@20": 0.1},  # before the first K-means
-    {"epoch": 2.0, "valid/ndcg@20": 0.3, "kmeans/nmi": 0.4, "kmeans/ari": 0.2},
+    {
+      "epoch": 2.0,
+      **{"valid/ndcg@20": 0.3, "kmeans/nmi": 0.4, "kmeans/ari": 0.2},
+      **{"gradient/interaction": 8.0, "gradient/item": 2.0},
+    },
     {"epoch": 2.5, "loss": 1.0},
     {"epoch": 3.0, "valid/ndcg@20": 0.3, "kmeans/nmi": 0.6, "kmeans/ari": 0.5},
   ]
@@ -293,11 +297,13 @@ def test_the_record_tells_of_the_best_epoch(tmp_path):
     "best_epoch": 2,
     "ended_by": "patience",
     "clusters": {"nmi": 0.4, "ari": 0.2},
+    "gradients": {"item": 2 / 8},
   }
   path.write_text(json.dumps({"epoch": 9.0, "kmeans/nmi": 0.5}))
   found = experiments._progress(tmp_path, config)  # without validation
   assert (found["best_epoch"], found["ended_by"]) == (9, "epochs")
   assert found["clusters"] == {"nmi": 0.5}
+  assert found["gradients"] == {}
 
 
 def write_sweep(folder, *, seed):
