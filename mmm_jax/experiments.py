@@ -190,6 +190,7 @@ def _tune():
   # Of what is searched the values do not matter, but for the first trial.
   rest = hash_config(config, without=space)
   tune = _load_tune()
+  base.load(config.dataset, config.split)  # or no trial begins
   found = tune.search(
     make_config,
     space,

@@ -62,7 +62,8 @@ def locate(manual_dir: str | None, name: str, files: Sequence[str], page: str):
     raise errors.InputError(
       f"dataset.manual_dir is not set: '{name}' is read from a folder with "
       f"the files {wanted}; get them from {page} and give the folder with "
-      "--config.dataset.manual_dir=DIR"
+      "--config.dataset.manual_dir=DIR (with mmm_jax.experiments: "
+      f"--manual_dir={name}=DIR)"
     )
   folder = pathlib.Path(manual_dir).expanduser()
   if not folder.is_dir():
