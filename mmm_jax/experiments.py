@@ -190,7 +190,7 @@ def _tune():
   # Of what is searched the values do not matter, but for the first trial.
   rest = hash_config(config, without=space)
   tune = _load_tune()
-  base.load(config.dataset, config.split)  # or no trial begins
+  base.load(config.dataset, config.split)  # what fails leaves no journal
   found = tune.search(
     make_config,
     space,
@@ -428,12 +428,6 @@ def _progress(workdir, config) -> dict:
   validated = [row for row in rows if key in row] or rows[-1:]
   best = max(validated, key=lambda row: (row.get(key, 0), -row["epoch"]))
   epochs = round(rows[-1]["epoch"])
-  gradient = {
-    key.removeprefix("gradient/"): norm
-    for key, norm in best.items()
-    if key.startswith("gradient/")
-  }
-  whole = gradient.pop("interaction", None)
   return {
     "epochs": epochs,
     "best_epoch": round(best["epoch"]),
@@ -443,7 +437,11 @@ def _progress(workdir, config) -> dict:
       for name in ("nmi", "ari")
       if f"kmeans/{name}" in best
     },
-    "gradients": {term: norm / whole for term, norm in gradient.items()},
+    "gradients": {
+      key.removeprefix("gradient/"): norm / best["gradient/interaction"]
+      for key, norm in best.items()
+      if key.startswith("gradient/") and key != "gradient/interaction"
+    },
   }
 
 

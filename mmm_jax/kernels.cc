@@ -281,7 +281,9 @@ void DotRows(const float* __restrict left, const float* __restrict right,
       sums[lane] += left[k + lane] * right[k + lane];
     }
     for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-      for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+      for (int64_t lane = 0; lane < half; ++lane) {
+        sums[lane] += sums[lane + half];
+      }
     }
     dots[i] = sums[0];
   }

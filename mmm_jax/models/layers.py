@@ -104,6 +104,7 @@ def dot(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def squared_norm(rows: jax.Array) -> jax.Array:
+  """|row|^2 of each row: [..., d] -> [...]."""
   return jnp.sum(rows**2, -1)
 
 

@@ -479,7 +479,7 @@ class MMM(nn.Module):
     """
     scale = self._scale
     if self.interaction_loss == "softmax":
-      square = jnp.sum((item + offset) ** 2, -1)
+      square = layers.squared_norm(item + offset)
       scale = scale * jax.lax.rsqrt(square + 1e-12)
     part = lambda rows: jnp.einsum("bd,bkd->bk", user, rows, precision=_EXACT)
     return part(item) * scale, part(offset) * scale
