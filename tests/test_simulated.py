@@ -1,11 +1,15 @@
 """The made-up set: exact sizes, its signals, and that one can learn from it."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import ml_collections
 import numpy as np
+from numpy._core._multiarray_umath import __cpu_dispatch__ as CPU_FEATURES
 import pytest
 
 from mmm_jax import errors
@@ -318,6 +322,39 @@ def test_is_prepared_and_read_back(tmp_path):
   for key, value in raw.extra.items():
     np.testing.assert_array_equal(truth[key], value)
   np.testing.assert_array_equal(truth["item_category"], dataset.category)
+
+
+FINGERPRINT = """
+import sys
+import ml_collections
+from mmm_jax.datasets import base
+config = ml_collections.ConfigDict(eval(sys.argv[1]))
+print(base.load(config).fingerprint)
+"""
+
+
+def test_is_the_same_on_an_older_processor(tmp_path):
+  """NumPy takes other instructions there, and another order of sums."""
+  config = {"name": "simulated", "manual_dir": "", "core": 5}
+  config["simulated"] = OPTIONS
+  older = os.environ | {
+    "OPENBLAS_CORETYPE": "Nehalem",
+    "NPY_DISABLE_CPU_FEATURES": " ".join(CPU_FEATURES),
+  }
+  found = [
+    subprocess.run(
+      [sys.executable, "-c", FINGERPRINT, repr(config | {"data_dir": folder})],
+      env=environment,
+      capture_output=True,
+      check=True,
+      text=True,
+    ).stdout
+    for folder, environment in (
+      (str(tmp_path / "this"), os.environ),
+      (str(tmp_path / "older"), older),
+    )
+  ]
+  assert len(found[0]) > 60 and found[0] == found[1]
 
 
 def test_options_have_no_defaults():

@@ -82,15 +82,19 @@ def choose(
     counts: ints [B], how many to choose.
 
   Returns:
-    Rows and columns chosen, ints [sum of counts], by row; fewer where a row
-    has fewer choices.
+    Rows and columns chosen, ints [sum of counts], by row, a row's in the order
+    of the draws; fewer where a row has fewer choices.
   """
   waits = rng.standard_exponential(utility.shape, np.float32)
-  # The float32 draw may be 0, whose logarithm would win over everything.
-  key = utility - np.log(np.maximum(waits, np.finfo(np.float32).tiny))
+  # The float32 draw may be 0, whose logarithm would win over everything. The
+  # logarithms of float32 are not the same ones on all processors.
+  waits = np.maximum(waits, np.finfo(np.float32).tiny)
+  key = utility - np.log(waits, dtype=np.float64)
   most = min(int(counts.max(initial=0)), key.shape[1])
   top = np.argpartition(-key, most - 1, axis=1)[:, :most]
   best = np.take_along_axis(key, top, axis=1)
-  rank = np.argsort(np.argsort(-best, axis=1), axis=1)
-  rows, places = np.nonzero((rank < counts[:, None]) & np.isfinite(best))
-  return rows, top[rows, places]
+  order = np.argsort(-best, axis=1, kind="stable")
+  best = np.take_along_axis(best, order, axis=1)
+  columns = np.take_along_axis(top, order, axis=1)
+  drawn = (np.arange(most) < counts[:, None]) & np.isfinite(best)
+  return np.nonzero(drawn)[0], columns[drawn]

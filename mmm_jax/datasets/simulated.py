@@ -33,7 +33,7 @@ import numpy as np
 from mmm_jax import errors
 from mmm_jax.datasets import base, crowds
 
-VERSION = 1
+VERSION = 2
 FILES = ()
 PAGE = ""
 
@@ -200,7 +200,7 @@ def _videos(o, people):
   centres = rng.standard_normal((o.categories, o.latent_dim))
   latent = centres[category] + rng.standard_normal((o.items, o.latent_dim))
   # Posterior of the unit Gaussians around the centres.
-  logits = latent @ centres.T - 0.5 * (centres**2).sum(axis=1)
+  logits = _product(latent, centres.T) - 0.5 * (centres**2).sum(axis=1)
   mean, scale = latent.mean(axis=0), latent.std(axis=0) + 1e-9
   return _Videos(
     community=community,
@@ -208,6 +208,17 @@ def _videos(o, people):
     membership=_softmax(logits).astype(np.float32),
     centres=((centres - mean) / scale).astype(np.float32),
   )
+
+
+def _product(left, right):
+  """`left @ right`, [A, D] times [D, B], one term after the other.
+
+  NumPy leaves `@` to a library whose order depends on the processor.
+  """
+  total = np.zeros((len(left), right.shape[1]), left.dtype)
+  for column, row in zip(left.T, right):
+    total += column[:, None] * row
+  return total
 
 
 def _categorical(rng, probabilities):
@@ -223,6 +234,14 @@ def _softmax(logits):
 
 
 # ---- Who watches what.
+
+
+def _utility(o, liking):
+  """Of a choice, by the probability that a taste gives to it; float64.
+
+  Logarithms of float32 are not the same ones on all processors.
+  """
+  return o.taste * np.log(liking, dtype=np.float64)
 
 
 def _audience_sizes(o):
@@ -253,7 +272,7 @@ def _audiences(o, people, videos):
     liking = np.einsum(
       "bpc,bc->bp", people.taste[pool], videos.membership[block]
     )
-    utility = crowds.without_repeats(pool, o.taste * np.log(liking))
+    utility = crowds.without_repeats(pool, _utility(o, liking))
     rows, columns = crowds.choose(rng, utility, sizes[block])
     viewers.append(pool[rows, columns])
     items.append(rows + block.start)
@@ -279,9 +298,12 @@ def _repaired(o, people, videos, viewer, item):
       size=_OFFERS * o.exposure,
       home_share=o.home_share,
     )[0]
-    liking = videos.membership[item[shown]] @ people.taste[user]
+    liking = np.einsum(
+      "sc,c->s", videos.membership[item[shown]], people.taste[user]
+    )
+    best = shown[np.argsort(-liking, kind="stable")]
     # All views stand in line behind those shown: then it cannot fail.
-    line = itertools.chain(shown[np.argsort(-liking)], range(len(item)))
+    line = itertools.chain(best, range(len(item)))
     while degree[user] < o.min_per_user:
       view = next(line)
       giver, pair = int(viewer[view]), (user, int(item[view]))
@@ -329,7 +351,8 @@ def _text(o, videos):
   shown = _shown(o, videos, "text")
   text = []
   for block in _blocks(o.items):
-    closeness = shown[block] @ places.T - 0.5 * (places**2).sum(axis=1)
+    closeness = _product(shown[block], places.T)
+    closeness -= 0.5 * (places**2).sum(axis=1)
     rows, words = crowds.choose(rng, closeness / _WORD_WIDTH**2, counts[block])
     ends = np.searchsorted(rows, np.arange(1, len(shown[block])))
     for each in np.split(words, ends):
@@ -344,7 +367,7 @@ def _visual(o, videos) -> Iterator[np.ndarray]:
   maps /= np.float32(o.latent_dim**0.5)
   shown = _shown(o, videos, "visual")
   for block in _blocks(o.items):
-    values = shown[block] @ maps
+    values = _product(shown[block], maps)
     values += _VISUAL_NOISE * rng.standard_normal(values.shape, np.float32)
     yield from np.maximum(values, 0).astype(np.float16)
 
@@ -362,7 +385,7 @@ def _follow(o, people):
       rng, people.community[block], size=o.exposure, home_share=o.home_share
     )
     likeness = np.einsum("bpc,bc->bp", people.taste[pool], people.taste[block])
-    utility = crowds.without_repeats(pool, o.taste * np.log(likeness))
+    utility = crowds.without_repeats(pool, _utility(o, likeness))
     utility[pool == np.arange(o.users)[block, None]] = -np.inf
     rows, columns = crowds.choose(rng, utility, alike[block])
     edges.append(np.stack([rows + block.start, pool[rows, columns]]))
