@@ -453,8 +453,14 @@ def _table():
     raise errors.InputError(
       f"--into is for Markdown, found --format={_FORMAT.value}"
     )
-  if _STUDY.value and _PAIRS.value:
-    raise errors.InputError("--pairs are of a sweep, found --study with it")
+  if _INTO.value is not None and not pathlib.Path(_INTO.value).is_file():
+    raise errors.InputError(
+      f"--into: found {_INTO.value}, wanted a file that has a block for it"
+    )
+  if _STUDY.value and (_SWEEP.value or _PAIRS.value):
+    raise errors.InputError(
+      "--study is of trials, --sweep and --pairs are of cells: found both"
+    )
   if _STUDY.value:
     name, tables = "studies", study_tables(_STUDY.value.split(","))
   elif _PAIRS.value:

@@ -477,7 +477,9 @@ def test_a_sweep_ends_as_its_run_does(root, code, own, words):
     (["table", "--study=configs/mmm.py"], "is not a journal"),
     (["table", "--study=configs"], "is not a journal"),
     (["table", "--study=empty"], "holds no study"),
-    (["table", "--study=empty", "--pairs"], "--pairs are of a sweep"),
+    (["table", "--study=empty", "--pairs"], "found both"),
+    (["table", "--study=empty", "--sweep=short"], "found both"),
+    (["table", "--into=missing.md"], "wanted a file that has a block"),
     (["table", "--pairs"], "has none for short, but for nothing"),
     (["table", "--into=a.md", "--format=csv"], "--into is for Markdown"),
     (["run", "--manual_dir=nowhere"], "NAME=DIR"),
@@ -486,7 +488,7 @@ def test_a_sweep_ends_as_its_run_does(root, code, own, words):
 )
 def test_wrong_arguments_are_one_message(root, arguments, words):
   (root / "empty").touch()
-  if "--sweep=shrt" not in arguments:
+  if not any(each.startswith(("--sweep", "--study")) for each in arguments):
     arguments = [*arguments, "--sweep=short"]
   done = runs.warm("mmm_jax.experiments")(*arguments, cwd=root)
   assert done.code == 2
