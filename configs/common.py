@@ -153,7 +153,7 @@ def apply_variants(
   for name in filter(None, text.split(",")):
     if name not in known:
       near = difflib.get_close_matches(name, known, n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
+      hint = f"; did you mean {near[0]!r}?" if near else "."
       raise ValueError(
         f"unknown variant {name!r}{hint} Known: {', '.join(known)}"
       )

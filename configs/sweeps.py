@@ -10,6 +10,7 @@ first model that a sweep yields for the set.
 
 SEEDS = {"hetrec_lastfm": 3, "tiktok": 3, "microlens": 1}
 REAL_SETS = tuple(SEEDS)
+LOSSES = ("squared", "bce", "bpr", "softmax")
 PARTS = ("con", "cat", "net", "pmf")
 KNOBS = ("text", "visual", "follow")
 CONTROLS = (
@@ -150,9 +151,17 @@ def losses():
   """The losses, for plain matrix factorisation and for MMM."""
   for dataset in ("hetrec_lastfm", "tiktok"):
     for model in ("mmm:full", "mmm:pmf"):
-      for loss in ("squared", "bce", "bpr", "softmax"):
+      for loss in LOSSES:
         for seed in range(SEEDS[dataset]):
           yield cell(model, dataset, seed, interaction_loss=loss)
+
+
+def losses_pairs():
+  """MMM less factorisation, under each loss."""
+  for dataset in ("hetrec_lastfm", "tiktok"):
+    for loss in LOSSES:
+      change = f"interaction_loss={loss}"
+      yield dataset, f"mmm:full {change}", f"mmm:pmf {change}"
 
 
 def precision():
@@ -180,4 +189,4 @@ SWEEPS = {
 }
 
 # What `table --sweep=NAME --pairs` compares: (set, model, less which model).
-PAIRS = {"ablation": ablation_pairs}
+PAIRS = {"ablation": ablation_pairs, "losses": losses_pairs}

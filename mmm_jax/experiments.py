@@ -28,15 +28,19 @@ import sys
 from typing import Any, NamedTuple
 
 from absl import flags
-import numpy as np
-from pyarrow import parquet
 
-from mmm_jax import command, errors, files, manifest, tabulate, validate
+from mmm_jax import (
+  command,
+  errors,
+  files,
+  manifest,
+  results,
+  tabulate,
+  validate,
+)
 from mmm_jax.datasets import base, splits
 
 _CONFIGS = pathlib.Path("configs")
-_RESULTS = pathlib.Path("tests/results")
-_METRIC = "ndcg@20"  # kept for every user
 
 _SWEEP = flags.DEFINE_string("sweep", None, "A sweep of configs/sweeps.py.")
 _LIST = flags.DEFINE_boolean("list", False, "Only print the cells.")
@@ -233,7 +237,8 @@ def _tune_in_processes():
 
 
 def _run():
-  cells = read_cells(_required(_SWEEP))
+  sweep = _required(_SWEEP)
+  cells = read_cells(sweep)
   chosen = [c for c in cells if _CELL.value in (None, c.number)]
   if not chosen:
     raise errors.InputError(
@@ -250,22 +255,23 @@ def _run():
     split = splits.make(dataset, config.split)
     now = {"data": dataset.fingerprint, "split": split.fingerprint}
     wanted = {"config": hash_config(config), **now}
-    if _is_recorded(cell, wanted):
+    path = results.path_of(sweep, cell.number)
+    if results.is_of(path, wanted):
       print(f"{cell.line}: recorded already", file=sys.stderr)
       continue
-    same = _find_same(wanted) if _CELL.value is None else None
+    same = results.find_same(wanted) if _CELL.value is None else None
     if same is not None:
       print(f"{cell.line}: recorded as {same}", file=sys.stderr)
-      _copy_record(same, cell)
+      results.copy(same, path, cell._asdict())
       continue
     print(cell.line, file=sys.stderr)
     # A folder for each config: a cell that was changed starts anew.
-    name = f"{cell.number}-{hash_config(config)[:12]}"
-    workdir = pathlib.Path(_WORKDIR.value, _SWEEP.value, name)
+    name = f"{cell.number}-{wanted['config'][:12]}"
+    workdir = pathlib.Path(_WORKDIR.value, sweep, name)
     stop = _train(cell, config, workdir)
-    path = workdir / "manifest.json"
-    manifest.check_same(path, manifest.read(path), **now)
-    _record(cell, config, workdir)
+    made = workdir / "manifest.json"
+    manifest.check_same(made, manifest.read(made), **now)
+    results.write(path, cell._asdict(), config, wanted["config"], workdir)
     if stop:
       raise command.Stopped(
         f"stopped after {cell.line}; the same command continues"
@@ -281,40 +287,6 @@ def _manual_dirs() -> dict[str, str]:
         f" a name of {', '.join(base.SETS)}"
       )
   return {name: folder for name, _, folder in pairs}
-
-
-def _record_path(sweep, number) -> pathlib.Path:
-  return _RESULTS / sweep / f"{number}.json"
-
-
-def _is_recorded(cell, wanted) -> bool:
-  """Whether a record is there, with the `wanted` hashes."""
-  path = _record_path(_SWEEP.value, cell.number)
-  return path.exists() and _is_of(path, wanted)
-
-
-def _is_of(path, wanted) -> bool:
-  """Whether a record has the `wanted` hashes, and its users' values."""
-  found = files.read_json(path)["hashes"]
-  same = all(found[name] == wanted[name] for name in wanted)
-  return same and path.with_suffix(".npy").exists()
-
-
-def _find_same(wanted) -> pathlib.Path | None:
-  """The record of another cell, of any sweep, that is the same run."""
-  for path in sorted(_RESULTS.glob("*/*.json")):
-    if _is_of(path, wanted):
-      return path
-  return None
-
-
-def _copy_record(path, cell):
-  """Records for a cell what is recorded for the same run."""
-  own = _record_path(_SWEEP.value, cell.number)
-  own.parent.mkdir(parents=True, exist_ok=True)
-  with files.atomic(own.with_suffix(".npy")) as file:
-    file.write(path.with_suffix(".npy").read_bytes())
-  files.write_json(own, files.read_json(path) | cell._asdict())
 
 
 def _train(cell, config, workdir):
@@ -374,77 +346,6 @@ def _call(command_line) -> tuple[int, bool]:
       process.send_signal(signal.SIGTERM)
 
 
-def _record(cell, config, workdir):
-  """Writes tests/results/<sweep>/<cell>.json and, beside it, .npy."""
-  result = files.read_json(workdir / "result.json")
-  made = manifest.read(workdir / "manifest.json")
-  path = _record_path(_SWEEP.value, cell.number)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with files.atomic(path.with_suffix(".npy")) as file:
-    np.save(file, read_per_user(workdir))
-  candidates = result.pop("candidates")
-  strata = result.pop("strata")
-  values = {
-    **cell._asdict(),
-    "metrics": result,
-    "strata": {"full": strata.get("full", {})},
-    "hashes": {
-      "config": hash_config(config),
-      "data": made["data"],
-      "split": made["split"],
-      "candidates": candidates,
-    },
-    "revision": made["git_revision"],
-    "device": made["device"]["kind"],
-    "seconds": made["wall_s"],
-    "peak_memory_mb": made["peak_memory_mb"],
-    **_progress(workdir, config),
-  }
-  files.write_json(path, values)
-
-
-def read_per_user(workdir: pathlib.Path) -> np.ndarray:
-  """Test nDCG@20 of `full` of every user with a test item, float16 [U].
-
-  In the order of the split's users; there are no ids in it.
-  """
-  table = parquet.read_table(
-    workdir / "per_user.parquet",
-    columns=[_METRIC],
-    filters=[("protocol", "=", "full"), ("part", "=", "test")],
-  )
-  return table[_METRIC].to_numpy().astype(np.float16)
-
-
-def _progress(workdir, config) -> dict:
-  """How far the run came, and which of its epochs was the best.
-
-  With the likeness of that epoch's categories to those that the set has, and
-  its terms' gradients on the tables, as shares of that of the interactions.
-  """
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  key = f"valid/{_METRIC}"
-  validated = [row for row in rows if key in row] or rows[-1:]
-  best = max(validated, key=lambda row: (row.get(key, 0), -row["epoch"]))
-  epochs = round(rows[-1]["epoch"])
-  return {
-    "epochs": epochs,
-    "best_epoch": round(best["epoch"]),
-    "ended_by": "patience" if epochs < config.epochs else "epochs",
-    "clusters": {
-      name: best[f"kmeans/{name}"]
-      for name in ("nmi", "ari")
-      if f"kmeans/{name}" in best
-    },
-    "gradients": {
-      key.removeprefix("gradient/"): norm / best["gradient/interaction"]
-      for key, norm in best.items()
-      if key.startswith("gradient/") and key != "gradient/interaction"
-    },
-  }
-
-
 # --- tables ------------------------------------------------------------------
 
 
@@ -453,8 +354,14 @@ def _table():
     raise errors.InputError(
       f"--into is for Markdown, found --format={_FORMAT.value}"
     )
-  if _STUDY.value and _PAIRS.value:
-    raise errors.InputError("--pairs are of a sweep, found --study with it")
+  if _INTO.value is not None and not pathlib.Path(_INTO.value).is_file():
+    raise errors.InputError(
+      f"--into: found {_INTO.value}, wanted a file that has a block for it"
+    )
+  if _STUDY.value and (_SWEEP.value or _PAIRS.value):
+    raise errors.InputError(
+      "--study is of trials, --sweep and --pairs are of cells: found both"
+    )
   if _STUDY.value:
     name, tables = "studies", study_tables(_STUDY.value.split(","))
   elif _PAIRS.value:
@@ -503,7 +410,7 @@ def read_records(sweep: str) -> list[dict]:
   """
   records, seen = [], {}
   for cell in read_cells(sweep):
-    path = _record_path(sweep, cell.number)
+    path = results.path_of(sweep, cell.number)
     for file in (path, path.with_suffix(".npy")):
       if not file.exists():
         raise errors.InputError(
@@ -511,15 +418,14 @@ def read_records(sweep: str) -> list[dict]:
           f" with python -m mmm_jax.experiments run --sweep={sweep}"
           f" --cell={cell.number}"
         )
-    record = files.read_json(path)
+    record = results.read(path)
     config = read_config(cell)
     if record["hashes"]["config"] != hash_config(config):
       raise errors.InputError(
         f"{path} is of another config than cell {cell.line!r} has now; run it"
         " again"
       )
-    record["per_user"] = np.load(path.with_suffix(".npy"), allow_pickle=False)
-    _check_record(path, record)
+    record["per_user"] = results.read_users(path, record)
     # What a run is given: cells that say the same must have seen the same.
     asked = f"{config.dataset}{config.split}"
     first_path, first = seen.setdefault(asked, (path, record))
@@ -531,17 +437,6 @@ def read_records(sweep: str) -> list[dict]:
         )
     records.append(record)
   return records
-
-
-def _check_record(path, record):
-  """That the users' values are of the run whose metrics stand there."""
-  mean = record["per_user"].mean(dtype=np.float64)
-  metric = record["metrics"]["full"]["test"][_METRIC]
-  if not math.isclose(mean, metric, abs_tol=1e-4):
-    raise errors.InputError(
-      f"{path}: test {_METRIC} is {metric:.5f}, and {mean:.5f} as the mean of"
-      f" {path.with_suffix('.npy').name}; run it again"
-    )
 
 
 def _replace_block(path, name, text):

@@ -185,7 +185,8 @@ def _comparable(runs, reference):
     if theirs["candidates"] != ours["candidates"]:
       raise errors.InputError(
         f"cells {run['number']} and {reference[0]['number']} have one split and"
-        " different candidate lists; run them again"
+        " different candidate lists; remove their files in tests/results and"
+        " run them again"
       )
   return True
 

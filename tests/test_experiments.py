@@ -17,6 +17,7 @@ from mmm_jax import (
   errors,
   experiments,
   files,
+  results,
   significance,
   tabulate,
 )
@@ -289,9 +290,9 @@ def test_the_record_tells_of_the_best_epoch(tmp_path):
   ]
   path = tmp_path / "metrics.jsonl"
   config = runs.config("tiny")
-  config.epochs = 9
+  config.epochs, config.eval.patience = 9, 1
   path.write_text("\n".join(map(json.dumps, rows)))
-  found = experiments._progress(tmp_path, config)
+  found = results.progress(tmp_path, config)
   assert found == {
     "epochs": 3,
     "best_epoch": 2,
@@ -299,8 +300,13 @@ def test_the_record_tells_of_the_best_epoch(tmp_path):
     "clusters": {"nmi": 0.4, "ari": 0.2},
     "gradients": {"item": 2 / 8},
   }
+  config.epochs = 3  # both at once: it would have ended all the same
+  assert results.progress(tmp_path, config) == found
+  config.eval.patience = 2
+  cut_off = results.progress(tmp_path, config)
+  assert cut_off == found | {"ended_by": "epochs"}
   path.write_text(json.dumps({"epoch": 9.0, "kmeans/nmi": 0.5}))
-  found = experiments._progress(tmp_path, config)  # without validation
+  found = results.progress(tmp_path, config)  # without validation
   assert (found["best_epoch"], found["ended_by"]) == (9, "epochs")
   assert found["clusters"] == {"nmi": 0.5}
   assert found["gradients"] == {}
@@ -477,7 +483,9 @@ def test_a_sweep_ends_as_its_run_does(root, code, own, words):
     (["table", "--study=configs/mmm.py"], "is not a journal"),
     (["table", "--study=configs"], "is not a journal"),
     (["table", "--study=empty"], "holds no study"),
-    (["table", "--study=empty", "--pairs"], "--pairs are of a sweep"),
+    (["table", "--study=empty", "--pairs"], "found both"),
+    (["table", "--study=empty", "--sweep=short"], "found both"),
+    (["table", "--into=missing.md"], "wanted a file that has a block"),
     (["table", "--pairs"], "has none for short, but for nothing"),
     (["table", "--into=a.md", "--format=csv"], "--into is for Markdown"),
     (["run", "--manual_dir=nowhere"], "NAME=DIR"),
@@ -486,7 +494,7 @@ def test_a_sweep_ends_as_its_run_does(root, code, own, words):
 )
 def test_wrong_arguments_are_one_message(root, arguments, words):
   (root / "empty").touch()
-  if "--sweep=shrt" not in arguments:
+  if not any(each.startswith(("--sweep", "--study")) for each in arguments):
     arguments = [*arguments, "--sweep=short"]
   done = runs.warm("mmm_jax.experiments")(*arguments, cwd=root)
   assert done.code == 2
@@ -549,6 +557,25 @@ def test_records_of_one_split_have_its_hash(tmp_path, monkeypatch):
       files.write_json(folder / f"{number}.json", found)
     with pytest.raises(errors.InputError, match=f"of one {name} by their"):
       experiments.read_records("losses")
+
+
+def test_a_damaged_record_is_named(tmp_path):
+  path = tmp_path / "3.json"
+  record = {"number": 3, "model": "mmm", "dataset": "tiktok", "hashes": {}}
+  record["metrics"] = {"full": {"test": {"ndcg@20": 0.5}}}
+  files.write_json(path, record)
+  with pytest.raises(errors.InputError, match="no ended_by; remove"):
+    results.read(path)
+  np.save(path.with_suffix(".npy"), np.full(9, 0.5, np.float16))
+  assert results.read_users(path, record).tolist() == [0.5] * 9
+  whole = path.with_suffix(".npy").read_bytes()
+  for damaged in (b"", whole[:50], whole[:-2], b"nonsense"):
+    path.with_suffix(".npy").write_bytes(damaged)
+    with pytest.raises(errors.InputError, match="3.npy: .* and run it again"):
+      results.read_users(path, record)
+  np.save(path.with_suffix(".npy"), np.full(9, 0.25, np.float16))
+  with pytest.raises(errors.InputError, match="0.50000, and 0.25000 as the"):
+    results.read_users(path, record)
 
 
 def printed_by(benchmark):

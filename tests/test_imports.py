@@ -53,7 +53,7 @@ OWN = {name: found & set(MODULES) for name, found in GRAPH.items()}
 # decide where it belongs.
 LAYERS = (
   "main recommend experiments",
-  "tune",
+  "tune results",
   "train workdir",
   "clustering scoring",
   "assemble",

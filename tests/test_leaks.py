@@ -14,6 +14,8 @@ import runs
 
 NUM_USERS, NUM_ITEMS = 40, 60
 SECRET = "secret"  # in every tag of a held-out pair, and nowhere else
+# The paper's model, and ours, whose users hold neighbours and their history.
+MODELS = ("tiny", "best,tiny")
 
 
 def config_of(variants, folder):
@@ -23,6 +25,10 @@ def config_of(variants, folder):
   config.parallel.devices = 1
   config.log.tensorboard = False
   config.eval.protocols = ("full",)
+  if "best" in variants:
+    config.remedies.history_in_user = 1.0
+    config.remedies.history_around = True
+    config.remedies.ema_decay = 0.5
   return config
 
 
@@ -43,12 +49,12 @@ def with_items_redrawn(raw, rng):
   return dataclasses.replace(raw, user_items=redrawn)
 
 
-def trained_recall(tmp_path):
+def trained_recall(variants, tmp_path):
   """recall@20 of the whole model on test, and its config.
 
   With the loss that learns fastest, and for as long as it takes to learn.
   """
-  config = config_of("tiny", tmp_path / "data")
+  config = config_of(variants, tmp_path / "data")
   config.interaction_loss = "softmax"
   config.losses.softmax.learning_rate = 0.01
   config.epochs = 8
@@ -81,21 +87,23 @@ def chance(config):
   return np.mean(20 / candidates), error
 
 
-def test_canary(monkeypatch, tmp_path):
+@pytest.mark.parametrize("variants", MODELS)
+def test_canary(variants, monkeypatch, tmp_path):
   """On choices without reason the whole model is as good as chance."""
   parse = simulated.parse
   rng = np.random.default_rng(0)
   replace_data(
     monkeypatch, lambda options: with_items_redrawn(parse(None, options), rng)
   )
-  found, config = trained_recall(tmp_path)
+  found, config = trained_recall(variants, tmp_path)
   expected, error = chance(config)
   assert found == pytest.approx(expected, abs=3 * error)
 
 
-def test_the_canary_can_die(tmp_path):
+@pytest.mark.parametrize("variants", MODELS)
+def test_the_canary_can_die(variants, tmp_path):
   """The same run on choices with reason lies far above the canary's band."""
-  found, config = trained_recall(tmp_path)
+  found, config = trained_recall(variants, tmp_path)
   expected, error = chance(config)
   assert found > expected + 10 * error
 
@@ -106,7 +114,8 @@ def test_the_canary_can_die(tmp_path):
 def make_tagged(rng):
   """Users with eight training items, a validation item and two test items.
 
-  They follow each other, and tag all that they know.
+  They follow each other, and tag all that they know, which they watched in that
+  order and often.
   """
   user_items = [
     rng.choice(NUM_ITEMS, 11, replace=False) for _ in range(NUM_USERS)
@@ -116,7 +125,8 @@ def make_tagged(rng):
     user_ids=[f"user{user}" for user in range(NUM_USERS)],
     item_ids=[f"item{item}" for item in range(NUM_ITEMS)],
     user_items=user_items,
-    ordered=False,
+    ordered=True,
+    counts=[rng.integers(1, 9, 11, np.int32) for _ in range(NUM_USERS)],
     part=[part.astype(np.int8)] * NUM_USERS,
     networks={
       "follow": [
@@ -140,34 +150,44 @@ def tags_of(user, part):
 
 
 def with_other_held_out_items(raw, rng):
-  """The held-out items of every user, and their tags, go to other items."""
-  changed = []
-  for items, part in zip(raw.user_items, raw.part, strict=True):
+  """The held-out items of every user, and their tags, go to other items.
+
+  Each was watched more often.
+  """
+  changed, counts = [], []
+  for items, count, part in zip(
+    raw.user_items, raw.counts, raw.part, strict=True
+  ):
     items, held_out = items.copy(), part != splits.TRAIN
     others = np.setdiff1d(np.arange(NUM_ITEMS), items)
     items[held_out] = rng.choice(others, held_out.sum(), replace=False)
     changed.append(items)
+    counts.append(count + held_out.astype(np.int32))
   tags = [
     (items, texts)
     for items, (_, texts) in zip(changed, raw.user_tags, strict=True)
   ]
-  return dataclasses.replace(raw, user_items=changed, user_tags=tags)
+  return dataclasses.replace(
+    raw, user_items=changed, counts=counts, user_tags=tags
+  )
 
 
-def assemble_raw(raw, monkeypatch, folder):
+def assemble_raw(raw, variants, monkeypatch, folder):
   replace_data(monkeypatch, lambda options: raw)
-  config = config_of("tiny", folder)
+  config = config_of(variants, folder)
+  if "best" in variants:
+    config.remedies.count_power = 1.0
   return assemble.assemble(config)
 
 
-@pytest.fixture
-def pair(monkeypatch, tmp_path):
+@pytest.fixture(params=MODELS)
+def pair(request, monkeypatch, tmp_path):
   """Two runs whose data differ in what is held out."""
   raw = make_tagged(np.random.default_rng(1))
   other = with_other_held_out_items(raw, np.random.default_rng(2))
-  return (
-    assemble_raw(raw, monkeypatch, tmp_path / "one"),
-    assemble_raw(other, monkeypatch, tmp_path / "other"),
+  return tuple(
+    assemble_raw(each, request.param, monkeypatch, tmp_path / name)
+    for name, each in (("one", raw), ("other", other))
   )
 
 
@@ -177,7 +197,8 @@ def training_view(run):
   return {
     "sizes": run.sizes,
     "shards": run.shards,
-    "shared": run.shared,  # the networks and what is no negative
+    # The networks, what is no negative, and in ours the order and the counts.
+    "shared": run.shared,
     "tokens": run.content.tokens,  # the vocabulary, and the texts with tags
     "words": run.words,
     "state": assemble.initial_state(run),

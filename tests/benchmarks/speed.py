@@ -35,6 +35,7 @@ from mmm_jax import (
   command,
   input_pipeline,
   logs,
+  manifest,
   parallel,
   recommend,
   scoring,
@@ -168,7 +169,8 @@ def markdown(found: dict) -> str:
       value = found[key]
       value = f"{value / 1e6:.2f}" if form == "M" else form.format(value)
       lines.append([text, value, wanted])
-  table = tabulate.markdown(["what", "measured", "wanted"], lines)
+  what = "on {cores} cores, {cpu}".format(**found) if "cpu" in found else "what"
+  table = tabulate.markdown([what, "measured", "wanted"], lines)
   if not {"profile", "matmul_gflop_per_s"} <= found.keys():
     return table
   return f"{table}\n\n{_profile_table(found)}\n\n{_shares_table(found)}"
@@ -271,10 +273,19 @@ def machine(_):
   total = jax.jit(jnp.sum)
   reading = median_seconds(lambda: total(large).block_until_ready(), warm=2)
   return {
+    "cpu": _cpu_name(),
     "cores": len(os.sched_getaffinity(0)),
+    "revision": manifest.git_revision(),
     "matmul_gflop_per_s": 2 * 2048**3 / seconds / 1e9,
     "memory_gb_per_s": large.nbytes / reading / 1e9,
   }
+
+
+def _cpu_name():
+  """As Linux knows it."""
+  lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  named = (line for line in lines if line.startswith("model name"))
+  return next(named, "").partition(":")[2].strip() or "unknown"
 
 
 # --- training ---------------------------------------------------------------
