@@ -120,9 +120,14 @@ def read_cells(sweep: str) -> list[Cell]:
 
 def _load(name):
   path = _CONFIGS / f"{name}.py"
-  if not path.exists():
+  if not _CONFIGS.is_dir():
     raise errors.InputError(
       f"{path.absolute()} is not there; run this from the repository's root"
+    )
+  if not path.exists():
+    raise errors.InputError(
+      f"found {name!r}, wanted the name of a file in {_CONFIGS.absolute()},"
+      " such as mmm or, with variants, mmm:tiktok"
     )
   spec = importlib.util.spec_from_file_location(f"mmm_jax_{name}", path)
   module = importlib.util.module_from_spec(spec)
@@ -229,8 +234,25 @@ def _tune_in_processes():
   finally:
     for process in processes:
       process.terminate()
-  if any(codes):
-    raise errors.InputError(f"workers ended with {codes}; see above")
+      process.wait()
+  # What cannot go on counts for more than what can.
+  for code in sorted(codes, key=lambda code: code not in (1, 2)):
+    _end_as(code, f"a worker on {_STUDY.value}")
+
+
+def _end_as(code, name):
+  """Ends as a command that this one has started did, unless that was well."""
+  if code == command.STOPPED:
+    raise command.Stopped(f"stopped in {name}; the same command continues")
+  if code < 0:  # for a shell 128 and the signal's number
+    raise command.Ended(
+      128 - code,
+      f"{name}: signal {-code} killed it; the same command continues",
+    )
+  if code:
+    raise command.Ended(
+      code, f"{name}: it ended with {code}; the message above says why"
+    )
 
 
 # --- running -----------------------------------------------------------------
@@ -314,20 +336,7 @@ def _train(cell, config, workdir):
       f"--workdir={workdir}",
     ]
   )
-  if code == command.STOPPED:
-    raise command.Stopped(f"stopped in {cell.line}; the same command continues")
-  if code < 0:  # for a shell 128 and the signal's number
-    raise command.Ended(
-      128 - code,
-      f"{cell.line}: signal {-code} killed its run in {workdir}; the same"
-      " command continues",
-    )
-  if code:
-    raise command.Ended(
-      code,
-      f"{cell.line}: its run in {workdir} ended with {code}; the message above"
-      " says why",
-    )
+  _end_as(code, f"{cell.line}, run in {workdir}")
   return asked
 
 

@@ -24,6 +24,7 @@ from mmm_jax import (
   assemble,
   command,
   errors,
+  files,
   logs,
   parallel,
   tabulate,
@@ -42,7 +43,8 @@ _HEADS = ("study", "of", "on", "trials (pruned)", "hours", "keys searched")
 
 def open_study(path: str) -> optuna.Study:
   """The study in a journal, new or as it was left."""
-  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  with files.explained(path):
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
   storage = _storage(path)
   try:  # to create one writes a line, even if it is there
     return optuna.load_study(study_name=_NAME, storage=storage)
@@ -140,7 +142,7 @@ def search(
 @contextlib.contextmanager
 def _alone(path):
   """Of all processes on a study, one at a time begins a trial."""
-  with open(f"{path}.begin", "w") as file:
+  with open(path, "ab") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
@@ -251,11 +253,11 @@ def _run_trial(trial, config, space):
   with tempfile.TemporaryDirectory(prefix="mmm_jax-trial-") as workdir:
     engine = parallel.make_engine(config)
     trainer = train.Trainer(run, pathlib.Path(workdir), engine)
-    if not trainer.has_valid:
-      raise errors.InputError(
-        f"split {config.split.protocol!r} has no validation part to tune on"
-      )
     with contextlib.closing(trainer):
+      if not trainer.has_valid:
+        raise errors.InputError(
+          f"split {config.split.protocol!r} has no validation part to tune on"
+        )
       try:
         return _train(trial, trainer)
       except command.NonFiniteError as error:
@@ -361,7 +363,7 @@ def spaces_table(studies: list[optuna.Study]) -> tabulate.Table:
       found.setdefault((key, _range(wanted)), []).append(str(number))
   lines = [
     [
-      f"`{key}`",
+      key,
       wanted,
       "all" if len(numbers) == len(studies) else ", ".join(numbers),
     ]

@@ -450,7 +450,7 @@ def test_a_sweep_that_is_stopped_too_late_begins_no_other_cell(root):
   ("code", "own", "words"),
   [
     (1, 1, "ended with 1; the message above"),
-    (-9, 128 + 9, "signal 9 killed its run"),  # as a shell says it
+    (-9, 128 + 9, "signal 9 killed it"),  # as a shell says it
   ],
 )
 def test_a_sweep_ends_as_its_run_does(root, code, own, words):
@@ -473,6 +473,10 @@ def test_a_sweep_ends_as_its_run_does(root, code, own, words):
   ("arguments", "words"),
   [
     (["run", "--sweep=shrt"], "'shrt', wanted one of short"),
+    (
+      ["tune", "--model=mm", "--dataset=tiktok", "--study=s"],
+      "found 'mm', want",
+    ),
     (["walk"], "'walk', wanted one of tune, run, table"),
     (["tune", "--dataset=simulated", "--study=s"], "--model is missing"),
     (["tune", "--model=mmm:pfm", "--dataset=simulated", "--study=s"], "'pmf'?"),

@@ -16,8 +16,8 @@ SPACE = {
   "losses.squared.learning_rate": ("log", 1e-3, 1e-1),
 }
 SPACES = [  # as a table
-  ["`model.dim`", "8, 16", "all"],
-  ["`losses.squared.learning_rate`", "0.001 to 0.1, log", "all"],
+  ["model.dim", "8, 16", "all"],
+  ["losses.squared.learning_rate", "0.001 to 0.1, log", "all"],
 ]
 
 

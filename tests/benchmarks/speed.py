@@ -101,6 +101,8 @@ def add_only(parser, measured) -> None:
 
 def measure(measured: dict, flags) -> None:
   """Takes the figures that `--only` names and writes `--out`."""
+  if flags.out and flags.out.exists() and set(flags.only) < set(measured):
+    sys.exit(f"{flags.out} is there and would lose what --only leaves out")
   command.cache_compilations("~/.cache/mmm_jax")
   found = {}
   for name in flags.only:
