@@ -336,8 +336,8 @@ def hetrec_lastfm_pmf(c):
 def tiktok_pmf(c):
   """`pmf` on TikTok, the best of its own study.
 
-  Trial 2 of tests/results/studies/tiktok_pmf.journal, to three digits. With
-  seed 0, that of the study, it is as good as MMM's values; with others worse.
+  Trial 2 of tests/results/studies/tiktok_pmf.journal, to three digits, with
+  the patience of MMM. MMM's values (`tiktok,pmf`) are better.
   """
   tiktok(c)
   pmf(c)
