@@ -22,8 +22,8 @@ def path_of(sweep: str, number: int) -> pathlib.Path:
   return FOLDER / sweep / f"{number}.json"
 
 
-def remove(path: pathlib.Path) -> str:
-  """What to do about a record that nothing can be done with."""
+def _remedy(path):
+  """What to do about a record that is no good."""
   return f"remove {path} and {path.with_suffix('.npy').name}, and run it again"
 
 
@@ -38,7 +38,7 @@ def read(path: pathlib.Path) -> dict:
   if missing:
     raise errors.InputError(
       f"{path} is no record of a cell, as it has no {', '.join(missing)};"
-      f" {remove(path)}"
+      f" {_remedy(path)}"
     )
   return found
 
@@ -53,13 +53,13 @@ def read_users(path: pathlib.Path, record: dict) -> np.ndarray:
   try:
     values = np.load(beside, allow_pickle=False)
   except (EOFError, OSError, ValueError) as error:
-    raise errors.InputError(f"{beside}: {error}; {remove(path)}") from error
+    raise errors.InputError(f"{beside}: {error}; {_remedy(path)}") from error
   mean = values.mean(dtype=np.float64)
   metric = record["metrics"]["full"]["test"][METRIC]
   if not math.isclose(mean, metric, abs_tol=1e-4):
     raise errors.InputError(
       f"{path}: test {METRIC} is {metric:.5f}, and {mean:.5f} as the mean of"
-      f" {beside.name}; {remove(path)}"
+      f" {beside.name}; {_remedy(path)}"
     )
   return values
 

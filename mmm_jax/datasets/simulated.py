@@ -236,11 +236,13 @@ def _softmax(logits):
 # ---- Who watches what.
 
 
-def _utility(o, liking):
-  """Of a choice, by the probability that a taste gives to it; float64.
+def _utility(o, tastes, categories):
+  """Of a choice to each of a pool: float64 [B, P].
 
+  By the probability that their tastes [B, P, C] give to its categories [B, C].
   Logarithms of float32 are not the same ones on all processors.
   """
+  liking = np.einsum("bpc,bc->bp", tastes, categories)
   return o.taste * np.log(liking, dtype=np.float64)
 
 
@@ -269,10 +271,8 @@ def _audiences(o, people, videos):
     # As many different ones as the largest audience: a pool never runs out.
     others = crowds.strangers(rng, len(pool), sizes.max(), total=o.users)
     pool = np.hstack([pool, others])
-    liking = np.einsum(
-      "bpc,bc->bp", people.taste[pool], videos.membership[block]
-    )
-    utility = crowds.without_repeats(pool, _utility(o, liking))
+    utility = _utility(o, people.taste[pool], videos.membership[block])
+    utility = crowds.without_repeats(pool, utility)
     rows, columns = crowds.choose(rng, utility, sizes[block])
     viewers.append(pool[rows, columns])
     items.append(rows + block.start)
@@ -384,8 +384,8 @@ def _follow(o, people):
     pool = crowd.draw(
       rng, people.community[block], size=o.exposure, home_share=o.home_share
     )
-    likeness = np.einsum("bpc,bc->bp", people.taste[pool], people.taste[block])
-    utility = crowds.without_repeats(pool, _utility(o, likeness))
+    utility = _utility(o, people.taste[pool], people.taste[block])
+    utility = crowds.without_repeats(pool, utility)
     utility[pool == np.arange(o.users)[block, None]] = -np.inf
     rows, columns = crowds.choose(rng, utility, alike[block])
     edges.append(np.stack([rows + block.start, pool[rows, columns]]))
