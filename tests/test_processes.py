@@ -211,34 +211,24 @@ def test_what_one_process_finds_wrong_ends_all(tmp_path):
     assert LOST not in said
 
 
-@pytest.mark.parametrize(
-  ("of_both", "at"),
-  [
-    (False, "waiting for the other processes"),
-    (True, "waiting for another process to prepare"),
-  ],
-)
-def test_a_process_that_hangs_before_training_is_missed(
-  alone, tmp_path, of_both, at
-):
-  """Something holds its data; it lives, and its heartbeats go on."""
+def test_data_that_something_holds_are_not_awaited_for_ever(alone, tmp_path):
+  """By any process: the first one says so, whichever of them ends first."""
   data_dir = tmp_path / "data"
   data_dir.mkdir()
   with contextlib.ExitStack() as stack:
     for prepared in runs.data_dir().glob("simulated-*"):
       path = data_dir / f".{prepared.name}.lock"
       fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
-    elsewhere = f"--config.dataset.data_dir={data_dir}"
     started = start(
       tmp_path / "run",
       "--config.parallel.wait_s=10",
-      *([elsewhere] if of_both else []),
-      own=[elsewhere],
+      f"--config.dataset.data_dir={data_dir}",
     )
     wait_until_it_waits(started[1])
     assert codes(started) == [command.STOPPED] * 2
   said = runs.said(tmp_path / "run", 0)
-  assert at in said and "takes more than 10 s (parallel.wait_s)" in said
+  assert "waiting for another process to prepare" in said
+  assert "takes more than 10 s (parallel.wait_s)" in said
 
 
 def wait_until_it_waits(process):
@@ -275,17 +265,25 @@ def start_spoilt(folder, spoil, *arguments):
   return started
 
 
-def test_a_process_that_hangs_while_training_is_missed(tmp_path):
+@pytest.mark.parametrize(
+  ("module", "name", "missed"),
+  [
+    ("datasets.records", "prepare", "waiting for the other processes"),
+    ("train", "Trainer.train_epoch", "training from step 0"),
+  ],
+)
+def test_a_process_that_hangs_is_missed(tmp_path, module, name, missed):
+  """It lives, and its heartbeats go on; it would hang for as long as it may."""
   folder = tmp_path / "run"
-  hang = """
+  hang = f"""
 import time
-from mmm_jax import train
-train.Trainer.train_epoch = lambda *_: time.sleep(1000)
+import mmm_jax.{module}
+mmm_jax.{module}.{name} = lambda *_, **__: time.sleep(1000)
 """
   started = start_spoilt(folder, hang, "--config.parallel.wait_s=20")
   assert codes(started) == [command.STOPPED] * 2
   said = runs.said(folder, 0)
-  assert "training from step 0 takes more than 20 s (parallel.wait_s)" in said
+  assert f"{missed} takes more than 20 s (parallel.wait_s)" in said
   assert LOST in runs.said(folder, 1)
 
 
