@@ -35,6 +35,12 @@ def variants():
     yield cell("mmm:full", dataset)
 
 
+def variants_pairs():
+  """MMM and each part of it alone, less plain factorisation."""
+  for part in ("full", *PARTS[:-1]):
+    yield "simulated", f"mmm:{part}", "mmm:pmf"
+
+
 def ablation():
   """What the parts add, under the paper's loss and under the best one."""
   for dataset, seeds in SEEDS.items():
@@ -157,11 +163,13 @@ def losses():
 
 
 def losses_pairs():
-  """MMM less factorisation, under each loss."""
+  """MMM less factorisation under each loss, and this less the paper's loss."""
+  model = "mmm:{} interaction_loss={}".format
   for dataset in ("hetrec_lastfm", "tiktok"):
     for loss in LOSSES:
-      change = f"interaction_loss={loss}"
-      yield dataset, f"mmm:full {change}", f"mmm:pmf {change}"
+      yield dataset, model("full", loss), model("pmf", loss)
+    for loss in LOSSES[1:]:
+      yield dataset, model("pmf", loss), model("pmf", LOSSES[0])
 
 
 def precision():
@@ -189,4 +197,8 @@ SWEEPS = {
 }
 
 # What `table --sweep=NAME --pairs` compares: (set, model, less which model).
-PAIRS = {"ablation": ablation_pairs, "losses": losses_pairs}
+PAIRS = {
+  "variants": variants_pairs,
+  "ablation": ablation_pairs,
+  "losses": losses_pairs,
+}

@@ -427,7 +427,8 @@ def read_records(sweep: str) -> list[dict]:
           f" with python -m mmm_jax.experiments run --sweep={sweep}"
           f" --cell={cell.number}"
         )
-    record = results.read(path)
+    # Names are the sweep's of today, the rest is what the run gave.
+    record = results.read(path) | cell._asdict()
     config = read_config(cell)
     if record["hashes"]["config"] != hash_config(config):
       raise errors.InputError(

@@ -15,7 +15,21 @@ from mmm_jax import errors, files, manifest
 
 FOLDER = pathlib.Path("tests/results")
 METRIC = "ndcg@20"  # kept for every user
-_FIELDS = ("number", "model", "dataset", "metrics", "hashes", "ended_by")
+FIELDS = {  # what `read` asks for, as tables need it
+  "number",
+  "model",
+  "dataset",
+  "seed",
+  "changes",
+  "metrics",
+  "hashes",
+  "seconds",
+  "peak_memory_mb",
+  "epochs",
+  "best_epoch",
+  "ended_by",
+  "clusters",
+}
 
 
 def path_of(sweep: str, number: int) -> pathlib.Path:
@@ -34,7 +48,7 @@ def read(path: pathlib.Path) -> dict:
     errors.InputError: it is no record.
   """
   found = files.read_json(path)
-  missing = [name for name in _FIELDS if name not in found]
+  missing = sorted(FIELDS.difference(found))
   if missing:
     raise errors.InputError(
       f"{path} is no record of a cell, as it has no {', '.join(missing)};"
