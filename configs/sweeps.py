@@ -121,7 +121,7 @@ def planted():
   chose in `planted_choices`, by validation: where no content was better than
   any, `con` is `pmf`.
   """
-  priors = {"weights__user": 0.005, "weights__item": 0.005}
+  priors = {"weights__user": 0.08, "weights__item": 0.08}
   network = {"model__networks": "follow", "remedies__networks_in_user": 1.5}
   for on in ("", *KNOBS):
     content = {"model__sources": on if on in ("text", "visual") else ""}
