@@ -186,7 +186,7 @@ def _tune():
       f"--model: configs/{name}.py has no `search_space`; that of"
       " configs/mmm.py shows how to write one"
     )
-  manual_dir = _manual_dirs().get(dataset, "")
+  manual_dir = read_manual_dirs(_MANUAL_DIR.value).get(dataset, "")
 
   def make_config():
     config = _model_config(model)
@@ -269,7 +269,7 @@ def _run():
   if _LIST.value:
     print("\n".join(cell.line for cell in chosen))
     return
-  manual_dirs = _manual_dirs()
+  manual_dirs = read_manual_dirs(_MANUAL_DIR.value)
   for cell in chosen:
     config = read_config(cell)
     config.dataset.manual_dir = manual_dirs.get(cell.dataset, "")
@@ -300,8 +300,13 @@ def _run():
       )
 
 
-def _manual_dirs() -> dict[str, str]:
-  pairs = [text.partition("=") for text in _MANUAL_DIR.value]
+def read_manual_dirs(texts: list[str]) -> dict[str, str]:
+  """{set: the folder of its raw files}, of texts NAME=DIR.
+
+  Raises:
+    errors.InputError: one is something else, or names no set.
+  """
+  pairs = [text.partition("=") for text in texts]
   for name, equals, folder in pairs:
     if not (equals and folder and name in base.SETS):
       raise errors.InputError(

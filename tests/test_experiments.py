@@ -594,10 +594,12 @@ def printed_by(benchmark):
   )
 
 
-@pytest.mark.parametrize("benchmark", ["speed", "gpu", "simple"])
-def test_the_readme_has_what_was_measured(benchmark):
+@pytest.mark.parametrize(
+  ("benchmark", "least"), [("speed", 900), ("gpu", 900), ("simple", 600)]
+)
+def test_the_readme_has_what_was_measured(benchmark, least):
   table = printed_by(benchmark).strip()
-  assert len(table) > 600
+  assert len(table) > least
   assert table in (runs.ROOT / "README.md").read_text()
 
 

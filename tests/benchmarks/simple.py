@@ -23,7 +23,14 @@ import numpy as np
 from scipy import linalg, sparse
 import tqdm
 
-from mmm_jax import experiments, files, metrics, results, significance, tabulate
+from mmm_jax import (
+  errors,
+  experiments,
+  files,
+  metrics,
+  significance,
+  tabulate,
+)
 from mmm_jax.datasets import base, splits
 
 K = 20
@@ -48,18 +55,19 @@ def main():
   if flags.table:
     print(table(flags.table))
     return
-  folders = dict(part.split("=", 1) for part in flags.manual_dir.split(","))
+  if not flags.out:
+    parser.error("found neither --out nor --table")
+  try:
+    folders = experiments.read_manual_dirs(flags.manual_dir.split(","))
+  except errors.InputError as error:
+    parser.error(str(error))
   found = {}
   for name, folder in folders.items():
-    found[name] = {}
-    for method, value in measure(name, folder).items():
-      users = value.pop("users")
-      found[name][method] = value
-      if flags.out:
-        save(users_of(flags.out, name, method), users)
-  if flags.out:
-    files.write_json(flags.out, found)
-    print(table(flags.out))
+    found[name] = measure(name, folder)
+    for method, value in found[name].items():
+      save(users_of(flags.out, name, method), value.pop("users"))
+  files.write_json(flags.out, found)
+  print(table(flags.out))
 
 
 def users_of(path, name, method) -> pathlib.Path:
@@ -84,7 +92,7 @@ def measure(name, manual_dir) -> dict[str, dict]:
       (np.ones(own.sum(), np.float32), (dataset.user[own], dataset.item[own])),
       shape,
     )
-    for own in (part == number for number in range(3))
+    for own in (part == of for of in (splits.TRAIN, splits.VALID, splits.TEST))
   )
   found = {}
   for method, (make, grid) in METHODS.items():
@@ -159,9 +167,9 @@ def ndcg(train, weights, known, wanted) -> np.ndarray:
 
 def table(path) -> str:
   """Beside the records of `ablation`, in Markdown."""
-  lines = []
+  records, lines = experiments.read_records("ablation"), []
   for name, methods in json.loads(path.read_text()).items():
-    runs = variant(name)
+    runs = variant(records, name)
     for method, found in methods.items():
       value, valid = max(found["valid"].items(), key=lambda pair: pair[1])
       own = np.load(users_of(path, name, method)).astype(np.float64)
@@ -181,14 +189,16 @@ def table(path) -> str:
   return tabulate.markdown(HEADS, lines)
 
 
-def variant(name) -> np.ndarray:
+def variant(records, name) -> np.ndarray:
   """Users' test values of a set's tuned MMM, [seeds, U]."""
-  found = []
-  for cell in experiments.read_cells("ablation"):
-    if cell.model == f"mmm:{name}" and cell.dataset == name:
-      path = results.path_of("ablation", cell.number)
-      found.append(results.read_users(path, results.read(path)))
-  return np.stack(found).astype(np.float64)
+  wanted = (name, f"mmm:{name}")
+  return np.stack(
+    [
+      record["per_user"].astype(np.float64)
+      for record in records
+      if (record["dataset"], record["model"]) == wanted
+    ]
+  )
 
 
 if __name__ == "__main__":
