@@ -4,8 +4,9 @@ A run is to take the same course on every CPU as far as that costs no time. So
 XLA is told, before JAX compiles anything, to use no more instructions than all
 CPUs have, to compute reciprocal roots instead of taking a processor's estimate,
 and to leave no sums to YNN, a library with an order of its own for each kind of
-processor. Processes that are started from here inherit the flags; all releases
-of JAX that pyproject.toml admits know them.
+processor (but for the scores of runs with kernels, `ranking.py`). Processes
+that are started from here inherit the flags; all releases of JAX that
+pyproject.toml admits know them.
 """
 
 import os

@@ -22,6 +22,7 @@ from mmm_jax import (
   evaluate,
   features,
   input_pipeline,
+  kernels,
   parallel,
   sampling,
   streams,
@@ -42,13 +43,19 @@ class Run(NamedTuple):
   interactions: evaluate.Interactions
   sizes: streams.Sizes
   module: Any  # the Python module of the model
-  model: Any  # the Flax module
+  plain_model: Any  # the Flax module, without kernels
   weights: dict[str, float]  # of the model's terms
   content: input_pipeline.ItemContent
   shards: streams.Shards
   shared: streams.Shared
   words: np.ndarray | None  # [V, e] starting word vectors
   facts: dict[str, float]  # found at the start, for the log
+
+  @property
+  def model(self):
+    """The Flax module that trains and scores; waits for kernels to be compiled,
+    so what can be done without it comes first."""
+    return self.plain_model.clone(in_cpp=kernels.load(self.config))
 
 
 class Text(NamedTuple):
@@ -65,6 +72,7 @@ def assemble(config) -> Run:
   Raises:
     errors.InputError: data or config are wrong; the message says where.
   """
+  kernels.begin(config)
   dataset = base.load(config.dataset, config.split, parallel)
   return parallel.together(lambda: _split_and_build(config, dataset))
 
@@ -120,7 +128,7 @@ def build(config, dataset, split, text: Text) -> Run:
     ),
     sizes=sizes,
     module=module,
-    model=model,
+    plain_model=model,
     weights=module.term_weights(model, config),
     content=content,
     shards=shards,
@@ -167,10 +175,10 @@ def initial_state(run: Run) -> update.TrainState:
   return update.create_state(
     run.config,
     params=run.module.start_params(
-      run.model, run.content.nothing(), words, params_rng
+      run.plain_model, run.content.nothing(), words, params_rng
     ),
     rows=run.module.table_rows(
-      run.model, run.sizes, words, rows_rng, run.config.tables.init_scale
+      run.plain_model, run.sizes, words, rows_rng, run.config.tables.init_scale
     ),
-    categories=run.module.start_categories(run.model, run.sizes),
+    categories=run.module.start_categories(run.plain_model, run.sizes),
   )

@@ -117,7 +117,9 @@ class Engine:
 
     return jax.tree.map(gather, tree)
 
-  def map(self, function: Callable, inputs, outputs, *, donate=()) -> Callable:
+  def map(
+    self, function: Callable, inputs, outputs, *, donate=(), options=None
+  ) -> Callable:
     """Compiles `function` for all devices.
 
     Args:
@@ -125,6 +127,7 @@ class Engine:
       inputs: REPLICATED, SHARDED or HOST (small plain values) per argument.
       outputs: REPLICATED or SHARDED, for the result or for each of a tuple.
       donate: numbers of the arguments whose memory the results may take.
+      options: flags of XLA for this function; pmap takes none.
     """
     if self.by_pmap:
       axes = tuple(None if kind == HOST else 0 for kind in inputs)
@@ -143,7 +146,7 @@ class Engine:
       out_specs=jax.tree.map(spec, outputs),
       check_vma=False,
     )
-    return jax.jit(mapped, donate_argnums=donate)
+    return jax.jit(mapped, donate_argnums=donate, compiler_options=options)
 
 
 def make_engine(config) -> Engine:

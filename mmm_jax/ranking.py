@@ -27,6 +27,13 @@ from mmm_jax import candidates, kernels, parallel
 _PAIR_COST = 100
 _GROUP = 32  # scores of which _largest_of_groups looks at the largest first
 _SIZES = ("num_items", "k", "tile", "in_cpp")
+# Products by a library that takes a third of XLA's time for many items of few
+# dimensions. A run leaves it out (mmm_jax/__init__.py), as it adds differently
+# on each kind of processor; one with kernels, which rounds like no other, may
+# have it for its scores.
+_FAST_PRODUCTS = {
+  "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+}
 _AHEAD = 32  # blocks whose exclusions are prepared while others are ranked
 
 
@@ -165,7 +172,10 @@ def _mapped(function, engine, num_arrays, **sizes):
   """`function` for all devices; kept, since it is compiled once an object."""
   whole, part = parallel.REPLICATED, parallel.SHARDED
   inputs = (whole, part, whole, part, *[part] * num_arrays, whole)
-  return engine.map(functools.partial(function, **sizes), inputs, part)
+  options = _FAST_PRODUCTS if sizes["in_cpp"] else None
+  return engine.map(
+    functools.partial(function, **sizes), inputs, part, options=options
+  )
 
 
 @functools.partial(jax.jit, static_argnames=_SIZES)

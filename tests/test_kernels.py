@@ -301,20 +301,20 @@ def test_other_optimizers_are_xlas(name):
 
 # --- compiling ---------------------------------------------------------------
 
-LOADED = """
+CALLED = """
 from mmm_jax import kernels
 import toy
-print(kernels.load(toy.get_config(dataset__data_dir={!r})))
+print(kernels.{}(toy.get_config(dataset__data_dir={!r})))
 """
 LOGGED = (
   "import logging; logging.basicConfig(level='INFO', format='%(message)s')"
 )
 
 
-def load_elsewhere(folder, path):
+def load_elsewhere(folder, path, *, call="load"):
   """What a process of its own says, whose programs are those of `path`."""
   return subprocess.run(
-    [sys.executable, "-c", f"{LOGGED}\n{LOADED.format(str(folder))}"],
+    [sys.executable, "-c", f"{LOGGED}\n{CALLED.format(call, str(folder))}"],
     env={
       **os.environ,
       "PATH": str(path),
@@ -332,6 +332,11 @@ def test_it_is_compiled_once(tmp_path):
   assert kept.name.startswith("kernels-")
   # Now it needs no compiler.
   assert load_elsewhere(tmp_path, tmp_path / "nothing").stdout == "True\n"
+
+
+def test_it_is_compiled_before_anybody_waits_for_it(tmp_path):
+  load_elsewhere(tmp_path, os.environ["PATH"], call="begin")
+  assert list((tmp_path / "compiled").glob("kernels-*"))
 
 
 def test_without_a_compiler_xla_does_it_and_says_so(tmp_path):

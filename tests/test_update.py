@@ -95,8 +95,8 @@ def test_bfloat16_trains_the_same_float32_tables():
   run = exact.run
   config = run.config.copy_and_resolve_references()
   config.compute_dtype = "bfloat16"
-  model = run.model.clone(compute_dtype="bfloat16")
-  coarse = toy.Session(run._replace(config=config, model=model))
+  model = run.plain_model.clone(compute_dtype="bfloat16")
+  coarse = toy.Session(run._replace(config=config, plain_model=model))
   coarse.state = toy.with_categories(
     coarse.state,
     exact.state.categories.assignment,

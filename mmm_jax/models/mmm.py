@@ -67,8 +67,8 @@ class MMM(nn.Module):
   temperature: float  # of the softmax loss
   prior_stream: str  # whose rows carry |u|^2 and |v|^2
   compute_dtype: str  # of encoders and of logits that a batch shares
-  in_cpp: bool  # whether `kernels` are loaded, and to be used
   remedies: Remedies
+  in_cpp: bool = False  # whether `kernels` are loaded, and to be used
 
   def setup(self):
     size = {"dim": self.dim, "dtype": self.compute_dtype}
@@ -533,7 +533,6 @@ def create(config, sources: tuple[str, ...], networks: tuple[str, ...]) -> MMM:
     if config.normalisation == "paper_sums"
     else "interactions",
     compute_dtype=config.compute_dtype,
-    in_cpp=kernels.load(config),
     remedies=Remedies(
       **{name: getattr(remedies, name) for name in Remedies._fields}
     ),
