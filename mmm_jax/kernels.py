@@ -8,16 +8,21 @@ another order and joins products and sums here and there. Without a compiler,
 XLA's operations do the work.
 """
 
+import atexit
 from concurrent import futures
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
+import os
 import pathlib
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +75,17 @@ def _wanted(config) -> bool:
 def _library(data_dir: str) -> futures.Future:
   """The path of the library, once it is compiled."""
   folder = pathlib.Path(data_dir).expanduser() / "compiled"
-  return futures.ThreadPoolExecutor(1).submit(_compiled, folder)
+  path = futures.Future()
+
+  def compile_it():
+    try:
+      path.set_result(_compiled(folder))
+    except Exception as error:  # for who waits for it
+      path.set_exception(error)
+
+  # Unlike those of executors, it keeps no process from ending.
+  threading.Thread(target=compile_it, daemon=True).start()
+  return path
 
 
 @functools.cache
@@ -112,17 +127,39 @@ def _compiled(folder: pathlib.Path) -> pathlib.Path:
   with tempfile.TemporaryDirectory() as temporary:
     made = pathlib.Path(temporary, path.name)
     command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}"]
-    subprocess.run(
-      [*command, str(_SOURCE), "-o", str(made)],
-      check=True,
-      capture_output=True,
-      text=True,
-      errors="replace",
-      timeout=_COMPILE_S,
-    )
+    _run([*command, str(_SOURCE), "-o", str(made)])
     with files.atomic(path) as file:
       file.write(made.read_bytes())
   return path
+
+
+def _run(command):
+  """Runs a compiler, which does not outlive this process if that can end it."""
+  process = subprocess.Popen(
+    command,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+    errors="replace",
+    process_group=0,  # with what it starts itself
+  )
+
+  def end():
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)
+
+  atexit.register(end)
+  try:
+    _, said = process.communicate(timeout=_COMPILE_S)
+  except subprocess.TimeoutExpired:
+    end()
+    raise
+  finally:
+    atexit.unregister(end)
+  if process.returncode:
+    raise subprocess.CalledProcessError(
+      process.returncode, command, stderr=said
+    )
 
 
 def touch(touches: list[tuple]) -> list[tuple]:

@@ -59,6 +59,8 @@ class Trainer:
     )
     self.manifest.values["statistics"] = run.dataset.statistics
     self.manifest.values["facts"] = run.facts
+    # Before signals wait for a checkpoint, as it may wait for a compiler.
+    self._first_state = assemble.initial_state(run)
     self.checkpoints = checkpoint.open_manager(
       workdir.absolute() / "checkpoints", keep=run.config.checkpoint.keep
     )
@@ -76,8 +78,8 @@ class Trainer:
   def start(self):
     """Puts data and the state, new or restored, on the devices."""
     run, engine = self.run, self.engine
-    state = assemble.initial_state(run)
-    template = scoring.to_keep(state, self.config)
+    template = scoring.to_keep(self._first_state, self.config)
+    del self._first_state  # a run holds no second one
     found = checkpoint.restore(self.checkpoints, template)
     kept = template if found is None else found
     state, self.best = kept["state"], kept["best"]

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -311,10 +312,11 @@ LOGGED = (
 )
 
 
-def load_elsewhere(folder, path, *, call="load"):
+def load_elsewhere(folder, path, *, call="load", then=""):
   """What a process of its own says, whose programs are those of `path`."""
+  called = CALLED.format(call, str(folder))
   return subprocess.run(
-    [sys.executable, "-c", f"{LOGGED}\n{CALLED.format(call, str(folder))}"],
+    [sys.executable, "-c", f"{LOGGED}\n{called}\n{then}"],
     env={
       **os.environ,
       "PATH": str(path),
@@ -334,9 +336,35 @@ def test_it_is_compiled_once(tmp_path):
   assert load_elsewhere(tmp_path, tmp_path / "nothing").stdout == "True\n"
 
 
+def until(found):
+  """A minute's wait for an expression, as a program."""
+  return f"""
+import pathlib, time
+end = time.monotonic() + 60
+while time.monotonic() < end and not ({found}):
+  time.sleep(0.01)
+"""
+
+
 def test_it_is_compiled_before_anybody_waits_for_it(tmp_path):
-  load_elsewhere(tmp_path, os.environ["PATH"], call="begin")
-  assert list((tmp_path / "compiled").glob("kernels-*"))
+  compiled = tmp_path / "compiled"
+  there = until(f"list(pathlib.Path({str(compiled)!r}).glob('kernels-*'))")
+  load_elsewhere(tmp_path, os.environ["PATH"], call="begin", then=there)
+  assert list(compiled.glob("kernels-*"))
+
+
+def test_a_compiler_that_hangs_ends_with_the_process(tmp_path):
+  number, compiler = tmp_path / "number", tmp_path / "c++"
+  compiler.write_text(f"#!/bin/sh\necho $$ > {number}\nexec sleep 600\n")
+  compiler.chmod(0o755)
+  begun = until(
+    f"(p := pathlib.Path({str(number)!r})).exists() and p.read_text()"
+  )
+  programs = f"{tmp_path}:/bin:/usr/bin"
+  load_elsewhere(tmp_path, programs, call="begin", then=begun)
+  state = pathlib.Path("/proc", number.read_text().strip(), "stat")
+  # Ended, if only as what nobody has asked about.
+  assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_without_a_compiler_xla_does_it_and_says_so(tmp_path):
