@@ -91,11 +91,18 @@ def create_state(config, *, params, rows: dict, categories) -> TrainState:
     categories: the model's, before the first K-means.
   """
   rule = row_rule(config)
+
+  @jax.jit  # one compilation instead of one for every shape
+  def with_moments(params, rows):
+    packed = {name: tables.create(start, rule) for name, start in rows.items()}
+    return dense_optimizer(config).init(params), packed
+
+  opt_state, packed = with_moments(params, rows)
   return TrainState(
     step=jnp.int32(0),
     params=params,
-    opt_state=dense_optimizer(config).init(params),
-    tables={name: tables.create(start, rule) for name, start in rows.items()},
+    opt_state=opt_state,
+    tables=packed,
     categories=categories,
   )
 

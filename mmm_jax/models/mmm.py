@@ -550,11 +550,22 @@ def start_params(
     words: [V, e] word vectors, if there is text.
     rng: key.
   """
-  shapes = {name: jnp.zeros((1, *x.shape)) for name, x in content.items()}
-  if words is not None:
-    shapes["text"] = jnp.zeros((1, *content["text"].shape, words.shape[1]))
-  init = jax.jit(lambda rng: model.init(rng, shapes, method="touch_parameters"))
-  return init(rng).get("params", {})
+
+  def start(rng):
+    inputs = {name: jnp.zeros((1, *x.shape)) for name, x in content.items()}
+    if words is not None:
+      text = content["text"].shape
+      inputs["text"] = jnp.zeros((1, *text, words.shape[1]))
+    return model.init(rng, inputs, method="touch_parameters")
+
+  return _compiled_to_run_once(start)(rng).get("params", {})
+
+
+def _compiled_to_run_once(function):
+  """`function`, compiled in less time to code that may take longer."""
+  on_cpu = jax.default_backend() == "cpu"
+  options = {"xla_backend_optimization_level": 2} if on_cpu else None
+  return jax.jit(function, compiler_options=options)
 
 
 def table_rows(
@@ -571,11 +582,18 @@ def table_rows(
   """
   num_rows = {"user": sizes.num_users, "item": sizes.num_items}
   num_rows |= {f"network_{name}": sizes.num_users for name in model.networks}
-  rows = {
-    name: scale
-    * jax.random.normal(jax.random.fold_in(rng, number), (size, model.dim))
-    for number, (name, size) in enumerate(num_rows.items())
-  }
+
+  def normals(rng):
+    return {
+      name: jax.random.normal(
+        jax.random.fold_in(rng, number), (size, model.dim)
+      )
+      for number, (name, size) in enumerate(num_rows.items())
+    }
+
+  # Products apart: XLA would join this one with one of the draw.
+  drawn = _compiled_to_run_once(normals)(rng)
+  rows = {name: scale * drawn[name] for name in num_rows}
   if model.networks:
     rows["alpha"] = jnp.zeros((sizes.num_users, len(model.networks)))
   if model.text is not None:
